@@ -156,7 +156,10 @@ def main() -> None:
                 x = to_device(x * (1 - share) + x[other] * share)
                 with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
                     out = model(x).float()
-                losses = [F.cross_entropy(out, t, label_smoothing=recipe["label_smoothing"]) for t in (y[pick], y[pick][other])]
+                losses = [
+                    F.cross_entropy(out, t, label_smoothing=recipe["label_smoothing"])
+                    for t in (y[pick], y[pick][other])
+                ]
                 loss = losses[0] * (1 - share) + losses[1] * share
                 optimizer.zero_grad()
                 loss.backward()
@@ -166,7 +169,10 @@ def main() -> None:
                 total += float(loss.detach())
             if epoch % 5 == 0 or local == epochs - 1:
                 score = top1(ema.module, val_x, val_y)
-            print(f"epoch {epoch} size {size} loss {total / steps:.3f} top-1 {score:.4f} {time.time() - started:.0f} s", flush=True)
+            print(
+                f"epoch {epoch} size {size} loss {total / steps:.3f} top-1 {score:.4f} {time.time() - started:.0f} s",
+                flush=True,
+            )
             state = {
                 "model": model.state_dict(),
                 "ema": ema.state_dict(),

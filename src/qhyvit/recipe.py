@@ -103,7 +103,10 @@ class LayerBits:
 class Recipe(_Section):
     """All that decides a result, but the model and the pictures.
 
-    Methods and targets are only checked where they are used: they import this module.
+    Methods and targets are only checked where they are used: they import this module. `saturation` is for x86
+    processors without VNNI, where sums of u8×s8 products saturate at 16 bits: "unsigned" stores weights as uint8 (exact
+    everywhere, slower), "reduce-range" takes one bit from 8-bit weights, "ignore" exports plain int8 weights, and
+    "auto" asks the processor at hand.
 
     Raises:
         RecipeError: on an unknown key or a value out of range; names the key and what is allowed.
@@ -118,6 +121,7 @@ class Recipe(_Section):
     weights: Granular = Granular(granularity="per-channel", scheme="symmetric")
     activations: Granular = Granular(granularity="per-tensor", scheme="asymmetric")
     bias_correction: bool = False
+    saturation: Literal["auto", "ignore", "reduce-range", "unsigned"] = "auto"
     options: dict[str, Any] = {}
     calibration: Calibration = Calibration()
     overrides: list[Override] = []

@@ -1,0 +1,5 @@
+"""The captured graph: capture, normalising passes, sites, bridges."""
+
+from qhyvit.graph.capture import capture
+
+__all__ = ["capture"]

@@ -1,0 +1,13 @@
+"""Number formats: tensor to integer codes and back."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from qhyvit.quantizers.uniform import Scheme, UniformAffine, overflows, uniform_from_range
+from qhyvit.registry import Registry
+
+QUANTIZERS: Registry[type[nn.Module]] = Registry("quantizer")
+QUANTIZERS.register("uniform")(UniformAffine)
+
+__all__ = ["QUANTIZERS", "Scheme", "UniformAffine", "overflows", "uniform_from_range"]

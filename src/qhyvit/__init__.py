@@ -1,0 +1,1 @@
+"""Post-training quantization of hybrid vision transformers, down to an integer model that really runs."""

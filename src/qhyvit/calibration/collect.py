@@ -1,0 +1,59 @@
+"""One pass over the calibration pictures that fills the statistics of every activation site."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from qhyvit.calibration.statistics import TensorStatistics
+from qhyvit.graph.sites import Sites
+
+Watch = Callable[[fx.Node, Tensor], None]
+
+
+class Watcher(fx.Interpreter):
+    """Runs a graph and shows the value of each wanted node to a function; values are freed once no longer needed.
+
+    Args:
+        graph: any captured graph.
+        wanted: names of the nodes to show.
+        watch: receives the node and its value.
+    """
+
+    def __init__(self, graph: fx.GraphModule, wanted: Iterable[str], watch: Watch) -> None:
+        super().__init__(graph)
+        self._wanted, self._watch = frozenset(wanted), watch
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node, and show its value if it is wanted."""
+        value = super().run_node(n)
+        if n.name in self._wanted:
+            self._watch(n, value)
+        return value
+
+
+def collect(
+    graph: fx.GraphModule,
+    sites: Sites,
+    batches: Iterable[Tensor],
+    *,
+    advance: Callable[[int], None] = lambda n: None,
+) -> dict[str, TensorStatistics]:
+    """Statistics of every activation site in the float graph; memory does not depend on the number of pictures.
+
+    Args:
+        graph: the float graph.
+        sites: its sites.
+        batches: pictures (n, 3, H, W), streamed.
+        advance: told the number of pictures done, for a progress bar.
+    """
+    statistics = {s.value: TensorStatistics(channel_axis=s.channel_axis or None) for s in sites.activations}
+    watcher = Watcher(graph, statistics, lambda node, value: statistics[node.name].update(value))
+    with torch.inference_mode():
+        for images in batches:
+            watcher.run(images)
+            advance(len(images))
+    return statistics

@@ -1,0 +1,138 @@
+"""From an `nn.Module` to a graph of plain, functional ATen operators with a free batch dimension."""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind
+
+from qhyvit.errors import CaptureError
+from qhyvit.graph.normalise import normalise
+from qhyvit.graph.ops import KEPT, tidy
+
+
+def capture(model: nn.Module, example: Tensor, *, passes: bool = True) -> fx.GraphModule:
+    """Capture an image classifier as a normalised float graph.
+
+    Args:
+        model: any module that maps pictures (N, 3, H, W) to logits (N, classes); switched to eval mode.
+        example: one batch of pictures; its batch size does not matter, its H and W are fixed.
+        passes: whether to run the normalising passes (`qhyvit.graph.normalise`) or only to capture.
+
+    Returns:
+        A graph module over ATen operators; constants are buffers, each node's `meta` holds `module` (the dotted name
+        of the module it came from) and `shape` (of its output for one picture).
+
+    Raises:
+        CaptureError: if the model cannot be exported, has data-dependent control flow or a fixed batch size.
+    """
+    model = model.eval()
+    example = example[:1].repeat(2, *[1] * (example.ndim - 1))  # a batch of one would be taken for a constant
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # caches assigned during export; they become constants of the graph
+            program = torch.export.export(model, (example,), dynamic_shapes=({0: Dim.DYNAMIC},), strict=False)
+            table = torch.export.default_decompositions()
+            for kept in KEPT:
+                if kept in table:
+                    table.pop(kept)
+            program = program.run_decompositions(table)
+    except Exception as error:  # torch.export raises many kinds; each means the same to the user
+        reason = str(error).strip().splitlines()
+        raise CaptureError(
+            f"{type(model).__name__} cannot be captured by torch.export ({type(error).__name__}: "
+            f"{reason[0] if reason else 'no reason given'}); make its forward free of data-dependent control flow "
+            "and of fixed batch sizes."
+        ) from error
+    graph = _lift(program)
+    if passes:
+        normalise(graph, example[:1])
+    return graph
+
+
+def _lift(program: ExportedProgram) -> fx.GraphModule:
+    """The exported program with parameters and constants as buffers and pictures as the only input."""
+    root = nn.Module()
+    graph = fx.Graph()
+    values: dict[fx.Node, Any] = {}
+    inputs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}  # type: ignore[union-attr]
+    stores = {**program.state_dict, **program.constants}
+
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            spec = inputs[node.name]
+            if spec.kind == InputKind.USER_INPUT:
+                values[node] = graph.placeholder("pictures")
+                values[node].meta["module"] = ""
+                continue
+            name = str(spec.target).replace(".", "_")
+            root.register_buffer(name, stores[spec.target].detach().clone())  # type: ignore[index]
+            values[node] = graph.get_attr(name)
+            values[node].meta["module"] = str(spec.target).rpartition(".")[0]
+        elif node.op == "output":
+            outputs = fx.node.map_arg(node.args[0], lambda n: values[n])
+            graph.output(_single(outputs))
+        else:
+            values.update(_copy(program.graph_module, node, graph, values))
+    root.eval()
+    module = fx.GraphModule(root, graph)
+    tidy(module)
+    return module
+
+
+def _copy(owner: nn.Module, node: fx.Node, graph: fx.Graph, values: dict[fx.Node, Any]) -> dict[fx.Node, Any]:
+    """Copy one node, opening the subgraphs that torch.export makes of autocast and no_grad regions."""
+    if node.op == "get_attr":  # only subgraphs are read this way; they are opened where they are called
+        return {node: getattr(owner, str(node.target))}
+    name = getattr(node.target, "__name__", str(node.target))
+    if name in {"wrap_with_autocast", "wrap_with_set_grad_enabled"}:
+        return {node: _inline(node, name, graph, values)}
+    if node.target is operator.getitem and not isinstance(values[node.args[0]], fx.Node):
+        return {node: values[node.args[0]][node.args[1]]}  # an output of an opened subgraph
+    new = graph.node_copy(node, lambda n: values[n])
+    new.meta = {"module": _module_name(node)}
+    return {node: new}
+
+
+def _inline(node: fx.Node, kind: str, graph: fx.Graph, values: dict[fx.Node, Any]) -> Any:
+    if kind == "wrap_with_autocast":
+        device, _, enabled = node.args[:3]
+        if enabled and device == "cpu":
+            raise CaptureError(f"{_module_name(node)}: autocast to a lower precision on the CPU is not supported.")
+    first = next(i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a.op == "get_attr")
+    subgraph = values[node.args[first]]  # type: ignore[index]
+    inner: dict[fx.Node, Any] = {}
+    arguments = iter(node.args[first + 1 :])
+    for sub in subgraph.graph.nodes:
+        if sub.op == "placeholder":
+            inner[sub] = fx.node.map_arg(next(arguments), lambda n: values[n])
+        elif sub.op == "output":
+            return fx.node.map_arg(sub.args[0], lambda n: inner[n])
+        else:
+            inner.update(_copy(subgraph, sub, graph, inner))
+    raise CaptureError(f"{_module_name(node)}: a captured region has no output.")
+
+
+def _single(outputs: Any) -> fx.Node:
+    """The logits: the only output, or the first of several."""
+    while isinstance(outputs, tuple | list):
+        if len(outputs) != 1:
+            raise CaptureError(
+                f"the model returns {len(outputs)} outputs; wrap it so that it returns only the logits (N, classes)."
+            )
+        outputs = outputs[0]
+    if not isinstance(outputs, fx.Node):
+        raise CaptureError(f"the model returns {type(outputs).__name__}, not logits of shape (N, classes).")
+    return outputs
+
+
+def _module_name(node: fx.Node) -> str:
+    """Dotted name of the innermost module a node came from ("" for the root)."""
+    stack = node.meta.get("nn_module_stack") or {}
+    name: str = next(reversed(stack.values()))[0] if stack else ""
+    return name.partition("@")[0]

@@ -1,0 +1,55 @@
+"""What a method is given and what it gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+from torch import Tensor, fx
+
+from qhyvit.calibration.collect import collect
+from qhyvit.calibration.statistics import TensorStatistics
+from qhyvit.graph.sites import ActivationSite, Sites, WeightSite
+from qhyvit.progress import task
+from qhyvit.quantized import Parameters
+from qhyvit.recipe import LayerBits, Recipe
+
+
+@dataclass
+class Problem:
+    """One net to be quantized.
+
+    Attributes:
+        graph: float graph; a method may change its weights as long as the float output stays the same.
+        sites: what to find quantizers for.
+        recipe: bits, schemes, options, seed.
+        pictures: call it for a fresh stream of calibration batches (n, 3, H, W), the same ones each time.
+        picture_count: how many pictures a stream holds.
+    """
+
+    graph: fx.GraphModule
+    sites: Sites
+    recipe: Recipe
+    pictures: Callable[[], Iterator[Tensor]]
+    picture_count: int
+
+    @cached_property
+    def statistics(self) -> dict[str, TensorStatistics]:
+        """Ranges and histograms of every activation site, gathered in one pass when first asked for."""
+        with task("Calibrating", self.picture_count) as advance:
+            return collect(self.graph, self.sites, self.pictures(), advance=advance)
+
+    def bits(self, site: WeightSite | ActivationSite) -> LayerBits:
+        """The recipe's settings for a site, overrides applied."""
+        return self.recipe.for_layer(site.module)
+
+
+class Method(Protocol):
+    """A method: a function from a problem to parameters; its docstring cites the paper and lists the defaults."""
+
+    __doc__: str | None
+    __name__: str
+
+    def __call__(self, problem: Problem) -> Parameters: ...

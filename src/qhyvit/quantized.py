@@ -1,0 +1,143 @@
+"""A quantized model: the float graph, its sites, and a quantizer for each of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from qhyvit.graph.ops import LAYOUT, is_call, set_weight, weight_of
+from qhyvit.graph.sites import Sites
+from qhyvit.quantizers.uniform import UniformAffine
+from qhyvit.recipe import Recipe
+
+
+@dataclass
+class Parameters:
+    """What a method chose.
+
+    Attributes:
+        activations: quantizer of each activation site, by the site's value.
+        weights: quantizer of each weight site, by its node.
+        codes: integer weights (int32, the weight's shape) by node, where a method rounded them itself; all others are
+            rounded to nearest.
+        biases: changed biases (C_out,) by node (bias correction).
+        notes: sentences for the report: what did not apply, and where.
+    """
+
+    activations: dict[str, UniformAffine] = field(default_factory=dict)
+    weights: dict[str, UniformAffine] = field(default_factory=dict)
+    codes: dict[str, Tensor] = field(default_factory=dict)
+    biases: dict[str, Tensor] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class QuantizedModel:
+    """A float graph with the parameters that make it an integer model.
+
+    Attributes:
+        graph: float graph (N, 3, H, W) → logits (N, classes).
+        sites: where quantizers stand.
+        parameters: the quantizers.
+        recipe: how they were found.
+        info: JSON-able facts: model name, source, preprocessing, class names, number of classes.
+        integer_bias: whether biases are rounded to int32 at the scale of their accumulator, as runtimes do.
+    """
+
+    graph: fx.GraphModule
+    sites: Sites
+    parameters: Parameters
+    recipe: Recipe
+    info: dict[str, Any]
+    integer_bias: bool = True
+
+    def codes(self, node: str) -> Tensor:
+        """Integer weight of a layer, int32, in the weight's shape."""
+        if node in self.parameters.codes:
+            return self.parameters.codes[node]
+        found = weight_of(self.graph, self.nodes[node])
+        assert found is not None
+        return self.parameters.weights[node].quantize(found[0])
+
+    def bias(self, node: str) -> Tensor | None:
+        """Bias of a layer, float, after correction but before rounding."""
+        if node in self.parameters.biases:
+            return self.parameters.biases[node]
+        found = weight_of(self.graph, self.nodes[node])
+        return None if found is None else found[1]
+
+    def bias_scale(self, node: str) -> Tensor | None:
+        """Scale (C_out,) of a layer's int32 bias: input scale × weight scale; None without one input scale."""
+        source = self.input_site(self.nodes[node], 0)
+        if source is None or self.parameters.activations[source].axis is not None:
+            return None
+        weight = self.parameters.weights[node].scale
+        scale = self.parameters.activations[source].scale * weight
+        return scale.expand(self.codes(node).shape[0]) if scale.ndim == 0 else scale
+
+    @cached_property
+    def nodes(self) -> dict[str, fx.Node]:
+        """Graph nodes by name."""
+        return {n.name: n for n in self.graph.graph.nodes}
+
+    def input_site(self, node: fx.Node, position: int) -> str | None:
+        """Name of the activation site whose codes reach an operand through layout operators, or None."""
+        readers = {s.value: s.readers for s in self.sites.activations}
+        reader, operand = node, node.args[position]
+        while isinstance(operand, fx.Node):
+            if reader.name in readers.get(operand.name, ()):
+                return operand.name
+            if not is_call(operand, LAYOUT):
+                return None
+            reader, operand = operand, operand.args[0]
+        return None
+
+    def simulation(self) -> fx.GraphModule:
+        """The graph with fake quantization at every site: what the integer model computes, in float arithmetic."""
+        graph = copy_graph(self.graph)
+        nodes = {n.name: n for n in graph.graph.nodes}
+        for site in self.sites.weights:
+            values = self.parameters.weights[site.node].dequantize(self.codes(site.node))
+            set_weight(graph, nodes[site.node], values, self._rounded_bias(site.node))
+        for position, site in enumerate(self.sites.activations):
+            name = f"quantizer_{position}"
+            graph.add_submodule(name, self.parameters.activations[site.value])
+            source = nodes[site.value]
+            with graph.graph.inserting_after(source):
+                fake = graph.graph.call_module(name, (source,))
+            fake.meta.update(module=site.module, shape=site.shape)
+            for reader in site.readers:
+                nodes[reader].replace_input_with(source, fake)
+        graph.recompile()
+        return graph
+
+    def _rounded_bias(self, node: str) -> Tensor | None:
+        bias, scale = self.bias(node), self.bias_scale(node) if self.integer_bias else None
+        if bias is None or scale is None:
+            return bias
+        return integer_bias(bias, scale) * scale
+
+
+def integer_bias(bias: Tensor, scale: Tensor) -> Tensor:
+    """Bias codes: round(bias / scale), kept inside int32; float64 while they are counted, returned in bias's dtype."""
+    limit = 2.0**31 - 128  # the largest float32 below 2³¹
+    return torch.round(bias.double() / scale.double()).clamp(-limit, limit).to(bias.dtype)
+
+
+def copy_graph(graph: fx.GraphModule) -> fx.GraphModule:
+    """A graph of its own that shares the tensors; node names and meta are kept."""
+    new = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    output = new.graph_copy(graph.graph, copies)
+    new.output(output)
+    for old, copy in copies.items():
+        copy.meta = dict(old.meta)
+        copy.name = old.name
+    root = torch.nn.Module()
+    for name, tensor in graph.named_buffers(recurse=False):
+        root.register_buffer(name, tensor)
+    return fx.GraphModule(root, new)
