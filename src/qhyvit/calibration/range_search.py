@@ -125,7 +125,7 @@ def _in_chunks(score: Score, size: int) -> Score:
 def best_range(score: Score, low: Tensor, high: Tensor, options: RangeOptions, *, widen: bool) -> tuple[Tensor, Tensor]:
     """The range of lowest score; never one that scores worse than the extremes themselves.
 
-    A coarse grid first: both ends are shrunk about zero independently, down to a thousandth. Then, five times, the best
+    A coarse grid first: both ends are scaled independently, down to a thousandth. Then, five times, the best
     scale and zero point are varied together, each time within a third of the distance before.
 
     Args:
@@ -133,22 +133,23 @@ def best_range(score: Score, low: Tensor, high: Tensor, options: RangeOptions, *
         low: () the smallest value; extended to hold 0.
         high: () the largest value; likewise.
         options: the quantizer.
-        widen: whether the scale may become larger than that of the extremes (by a fifth or so), which at few bits can
-            serve the values inside better.
+        widen: whether an end may lie (by a fifth or so) beyond the extremes, which at few bits can serve the values
+            inside better; else the scale is at most that of the extremes.
 
     Returns:
         The ends, () each, of the dtype of `low`. The ends of an asymmetric range lie on the quantizer's grid, so that
         `affine_parameters` gives back the scale and the zero point that were scored.
     """
     quant_min, quant_max = code_range(options.bits, options.signed)
-    lows, highs = _shrunk(min(float(low), 0.0), max(float(high), 0.0), symmetric=options.scheme == "symmetric")
+    lows, highs = _candidates(min(float(low), 0.0), max(float(high), 0.0), options.scheme == "symmetric", widen)
     scales, zeros = affine_parameters(
         lows, highs, bits=options.bits, scheme=options.scheme, signed=options.signed, narrow=options.narrow
     )
-    scale, zero, least = scales[-1], zeros[-1].double(), torch.tensor(torch.inf, dtype=torch.float64)
+    zeros, widest = zeros.double(), scales.argmax()
+    scale, zero, least = scales[widest], zeros[widest], torch.tensor(torch.inf, dtype=torch.float64)
     largest = torch.full_like(scale, torch.inf) if widen else scale
     can_shift = options.scheme == "asymmetric" and bool(low < 0) and bool(high > 0)
-    zeros, reach, shift = zeros.double(), 0.15, (quant_max - quant_min) / 24
+    reach, shift = 0.15, (quant_max - quant_min) / 24
     for _ in range(6):
         scores = score(scales, zeros)
         if scores.min() < least:
@@ -164,20 +165,20 @@ def best_range(score: Score, low: Tensor, high: Tensor, options: RangeOptions, *
     return ((quant_min - zero) * scale).to(low.dtype), ((quant_max - zero) * scale).to(low.dtype)
 
 
-def _shrunk(low: float, high: float, *, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """Candidate ends (n,), float64; the unshrunk ones last."""
+def _candidates(low: float, high: float, symmetric: bool, widen: bool) -> tuple[Tensor, Tensor]:
+    """Candidate ends (n,), float64, the extremes among them."""
     if symmetric:
-        highs = max(-low, high) * _factors(192)
+        highs = max(-low, high) * _factors(192, widen)
         return -highs, highs
     if low < 0 < high:
-        grid = torch.cartesian_prod(low * _factors(24), high * _factors(24))
+        grid = torch.cartesian_prod(low * _factors(24, widen), high * _factors(24, widen))
         return grid[:, 0], grid[:, 1]
-    factors = _factors(192)
+    factors = _factors(192, widen)
     return low * factors, high * factors
 
 
-def _factors(number: int) -> Tensor:
-    """Factors up to 1, ascending: half of them linearly spaced from 0, half geometrically from a thousandth."""
-    linear = torch.arange(1, number // 2 + 1, dtype=torch.float64) / (number // 2)
-    geometric = torch.logspace(-3, 0, number - number // 2 + 1, dtype=torch.float64)[:-1]
-    return torch.cat([linear, geometric]).sort().values
+def _factors(number: int, widen: bool) -> Tensor:
+    """Factors up to 1: half of them linearly spaced from 0, half geometrically from a thousandth; more up to 1.2."""
+    half = number // 2
+    linear = torch.arange(1, half * 6 // 5 + 1 if widen else half + 1, dtype=torch.float64) / half
+    return torch.cat([torch.logspace(-3, 0, half + 1, dtype=torch.float64)[:-1], linear])

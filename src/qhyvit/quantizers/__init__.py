@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
 
 from qhyvit.quantizers.uniform import Scheme, UniformAffine, overflows, uniform_from_range
 from qhyvit.registry import Registry
 
-QUANTIZERS: Registry[type[nn.Module]] = Registry("quantizer")
+QUANTIZERS: Registry[type[Any]] = Registry("quantizer")
 QUANTIZERS.register("uniform")(UniformAffine)
 
 __all__ = ["QUANTIZERS", "Scheme", "UniformAffine", "overflows", "uniform_from_range"]
