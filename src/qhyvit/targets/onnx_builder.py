@@ -22,12 +22,21 @@ IR_VERSION = 10
 
 @dataclass(frozen=True)
 class Value:
-    """A tensor of the ONNX graph: float, or integer codes where `quantizer` is given (() scale, or per channel)."""
+    """A tensor of the ONNX graph.
+
+    Attributes:
+        name: in the ONNX graph.
+        quantizer: given where the tensor holds integer codes; None for floats.
+        parameters: names of scale and zero point.
+        axis: channel axis of a per-channel quantizer.
+        flat: whether all axes but the last are stored as one (positions × channels).
+    """
 
     name: str
     quantizer: UniformAffine | None = None
-    parameters: tuple[str, str] = ("", "")  # names of scale and zero point
+    parameters: tuple[str, str] = ("", "")
     axis: int | None = None
+    flat: bool = False
 
 
 class Builder:
@@ -75,7 +84,7 @@ class Builder:
         self.nodes.append(helper.make_node(kind, list(inputs), names, name=names[0], **attributes))
         return names[0] if outputs == 1 else names
 
-    def quantize(self, name: str, quantizer: UniformAffine, axis: int | None) -> Value:
+    def quantize(self, name: str, quantizer: UniformAffine, axis: int | None, flat: bool = False) -> Value:
         """Codes of a float tensor: QuantizeLinear, and a Clip on the codes where the type has more of them."""
         dtype = _code_type(quantizer)
         scale = self.constant(quantizer.scale.float(), "scale")
@@ -86,7 +95,7 @@ class Builder:
         if (info.min, info.max) != (quantizer.quant_min, quantizer.quant_max):
             bounds = [self.constant(np.array(v, dtype)) for v in (quantizer.quant_min, quantizer.quant_max)]
             codes = self.op("Clip", codes, *bounds)
-        return Value(codes, quantizer, (scale, zero), None if quantizer.axis is None else axis)
+        return Value(codes, quantizer, (scale, zero), None if quantizer.axis is None else axis, flat)
 
     def dequantize(self, value: Value) -> str:
         """A float view of codes; one DequantizeLinear for each reader, as runtimes fuse each with its operator."""
@@ -129,9 +138,11 @@ class Builder:
 
     def model(self, inputs: list[Any], outputs: list[Any], producer: str) -> onnx.ModelProto:
         """The finished, checked model."""
+        domains = {node.domain for node in self.nodes if node.domain}
+        opsets = [helper.make_opsetid("", OPSET), *(helper.make_opsetid(d, 1) for d in sorted(domains))]
         graph = helper.make_graph(self.nodes, "qhyvit", inputs, outputs, self.initializers)
         model = helper.make_model(
-            graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name=producer
+            graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name=producer
         )
         onnx.checker.check_model(model, full_check=True)
         return model

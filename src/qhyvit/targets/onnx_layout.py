@@ -21,7 +21,7 @@ def _reshape(g: Lowering, node: fx.Node) -> Any:
     sizes = argument(node, "shape")
     if any(isinstance(s, fx.Node) for s in sizes):
         raise TargetError(f"{node.meta.get('module')}: a reshape with several free sizes has no ONNX form.")
-    return g.op("Reshape", g.raw(node), g.b.ints(*sizes))
+    return g.op("Reshape", g.raw(node, flat=True), g.b.ints(*sizes))
 
 
 @lowers(aten.permute.default)
@@ -60,9 +60,11 @@ def _parts(g: Lowering, node: fx.Node, sizes: list[int], axis: int) -> list[str]
 
 @lowers(aten.unbind.int)
 def _unbind(g: Lowering, node: fx.Node) -> Any:
-    axis = argument(node, "dim")
+    axis, source = argument(node, "dim"), g.raw(node)
     count = shape(node.args[0])[axis]  # type: ignore[arg-type]
-    return [g.op("Squeeze", part, g.b.ints(axis)) for part in _parts(g, node, [1] * count, axis)]
+    read = {u.args[1] for u in node.users}  # what nobody reads is not gathered
+    indices = [g.b.constant(np.array(i, np.int64), "index") for i in range(count)]
+    return [g.op("Gather", source, index, axis=axis) if i in read else "" for i, index in enumerate(indices)]
 
 
 @lowers(aten.split_with_sizes.default)

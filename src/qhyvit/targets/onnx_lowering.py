@@ -1,12 +1,14 @@
 """A quantized model as an ONNX graph in QDQ form.
 
 Integer codes are made once, right after the operator whose output they are; layout operators then move the codes, and
-each operator that computes gets a DequantizeLinear of its own, the form in which runtimes find integer kernels. Why
+each operator that computes gets a DequantizeLinear of its own, the form in which runtimes find integer kernels. A linear
+over positions is one Gemm on positions × channels, and what follows it position by position stays in that flat form. Why
 not torch.onnx.export: it takes 6 to 38 s for these nets and writes linears and Q/DQ in a form that is not fused.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import onnx
@@ -33,6 +35,21 @@ from qhyvit.targets.onnx_ops import LOWERINGS
 
 PRODUCER = "qhyvit"
 
+# Elementwise operators that may be computed on the flat form.
+POSITIONWISE = frozenset(
+    {
+        aten.add.Tensor,
+        aten.sub.Tensor,
+        aten.mul.Tensor,
+        aten.silu.default,
+        aten.gelu.default,
+        aten.relu.default,
+        aten.hardswish.default,
+        aten.sigmoid.default,
+        aten.tanh.default,
+    }
+)
+
 
 class Lowering:
     """The state of one export; lowering functions read operands and add nodes through it.
@@ -50,6 +67,8 @@ class Lowering:
         self.b = Builder()
         self.values: dict[fx.Node, Any] = {}  # Value, or a list of Value for operators with several outputs
         self.codes: dict[fx.Node, Value] = {}  # what the readers of a site see
+        self._reshaped: dict[tuple[str, bool], str] = {}
+        self._is_flat = False  # whether the node at hand is lowered in flat form
         sites = model.sites.activations if quantized else ()
         self.sites = {s.value: s for s in sites}
         self.weights = {s.node for s in model.sites.weights} if quantized else set()
@@ -71,14 +90,27 @@ class Lowering:
     def operand(self, node: fx.Node, operand: fx.Node) -> str:
         """A tensor operand as `node` sees it, float."""
         value = self._seen(node, operand)
+        if operand.op != "get_attr":
+            value = self._flat(value, operand) if self._is_flat else self._full(value, operand)
         return self.b.dequantize(value) if value.quantizer is not None else value.name
 
-    def raw(self, node: fx.Node) -> Any:
-        """The first operand as it is, codes or float; a list where it is the output of a split."""
+    def raw(self, node: fx.Node, *, flat: bool = False) -> Any:
+        """The first operand as it is, codes or float; a list where it is the output of a split.
+
+        Args:
+            node: the reader.
+            flat: whether the flat form will do.
+        """
         operand = node.args[0]
         assert isinstance(operand, fx.Node)
         value = self._seen(node, operand)
-        return [v.name for v in value] if isinstance(value, list) else value.name
+        if isinstance(value, list):
+            return [v.name for v in value]
+        return value.name if flat else self._full(value, operand).name
+
+    def is_coded(self, node: fx.Node) -> bool:
+        """Whether the first operand holds integer codes."""
+        return self._seen(node, node.args[0]).quantizer is not None  # type: ignore[arg-type]
 
     def value(self, node: fx.Node) -> str:
         """The float tensor of any node."""
@@ -121,13 +153,14 @@ class Lowering:
 
     def _lower(self, node: fx.Node) -> Any:
         if is_call(node, WEIGHTED | TRANSPOSED):
-            return Value(self._weighted(node))
+            return self._weighted(node)
         lowering = LOWERINGS.get(node.target)
         if lowering is None:
             raise no_lowering(node, self.target)
+        self._is_flat = self._stays_flat(node)
         result = lowering(self, node)
         if not is_call(node, LAYOUT):
-            return Value(result)
+            return Value(result, flat=self._is_flat)
         source = self._seen(node, node.args[0])  # type: ignore[arg-type]
         like = source[0] if isinstance(source, list) else source
         wrap = [Value(name, like.quantizer, like.parameters, like.axis) for name in _listed(result)]
@@ -154,24 +187,50 @@ class Lowering:
         site = self.sites.get(node.name)
         if site is not None:
             quantizer = self.model.parameters.activations[site.value]
-            self.codes[node] = self.b.quantize(value.name, quantizer, quantizer.axis)
+            if quantizer.axis is not None:
+                value = self._full(value, node)
+            self.codes[node] = self.b.quantize(value.name, quantizer, quantizer.axis, value.flat)
 
-    def _weighted(self, node: fx.Node) -> str:
-        """Convolutions and linears; a linear over positions is one Gemm on the flattened positions."""
-        x = self._seen(node, node.args[0])  # type: ignore[arg-type]
+    def _stays_flat(self, node: fx.Node) -> bool:
+        """Whether to compute position by position on the flat form: an operand has it and no operand forbids it."""
+        if node.target == aten.layer_norm.default:
+            operands = [node.args[0]] if len(argument(node, "normalized_shape")) == 1 else []
+        elif node.target in POSITIONWISE:
+            operands = [a for a in node.args if isinstance(a, fx.Node)]
+        else:
+            return False
+        if any(o.op == "get_attr" or shape(o) != shape(node) for o in operands if isinstance(o, fx.Node)):
+            return False
+        return any(self._seen(node, o).flat for o in operands if isinstance(o, fx.Node))
+
+    def _flat(self, value: Value, node: fx.Node) -> Value:
+        return value if value.flat or len(shape(node)) == 2 else self._reshape(value, True, [-1, shape(node)[-1]])
+
+    def _full(self, value: Value, node: fx.Node) -> Value:
+        return self._reshape(value, False, [-1, *shape(node)[1:]]) if value.flat else value
+
+    def _reshape(self, value: Value, flat: bool, sizes: list[int]) -> Value:
+        key = (value.name, flat)
+        if key not in self._reshaped:
+            self._reshaped[key] = self.op("Reshape", value.name, self.b.ints(*sizes))
+        return replace(value, name=self._reshaped[key], flat=flat)
+
+    def _weighted(self, node: fx.Node) -> Value:
+        """Convolutions and linears."""
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
         linear = is_call(node, aten.linear.default)
-        size = shape(node)
-        if linear and len(size) != 2:
-            flat = self.op("Reshape", x.name, self.b.ints(-1, shape(node.args[0])[-1]))  # type: ignore[arg-type]
-            x = Value(flat, x.quantizer, x.parameters, x.axis)
+        x = self._seen(node, source)
+        if source.op != "get_attr":
+            x = self._flat(x, source) if linear else self._full(x, source)
         data = self.b.dequantize(x) if x.quantizer is not None else x.name
         weight, bias = self._weights(node, transpose=linear)
         operands = [data, weight] + ([bias] if bias else [])
         if not linear:
             transposed = is_call(node, TRANSPOSED)
-            return self.op("ConvTranspose" if transposed else "Conv", *operands, **_conv_attributes(node, transposed))
-        out = self.op("Gemm", *operands)
-        return out if len(size) == 2 else self.op("Reshape", out, self.b.ints(*_free_batch(size)))
+            kind = "ConvTranspose" if transposed else "Conv"
+            return Value(self.op(kind, *operands, **_conv_attributes(node, transposed)))
+        return Value(self.op("Gemm", *operands), flat=len(shape(node)) != 2)
 
     def _weights(self, node: fx.Node, transpose: bool) -> tuple[str, str | None]:
         """Names of weight and bias as float tensors, dequantized from integers where the layer is quantized."""
@@ -209,10 +268,6 @@ class Lowering:
 
 def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
-
-
-def _free_batch(size: tuple[int, ...]) -> list[int]:
-    return [-1, *size[1:]]
 
 
 def _conv_attributes(node: fx.Node, transposed: bool) -> dict[str, Any]:

@@ -88,7 +88,10 @@ _register_elementwise()
 
 @lowers(aten.silu.default)
 def _silu(g: Lowering, node: fx.Node) -> Any:
+    """x·sigmoid(x). ONNX Runtime fuses the pair by itself, but not behind a DequantizeLinear, which it duplicates."""
     x = g.x(node, 0)
+    if g.is_coded(node):
+        return g.op("QuickGelu", x, domain="com.microsoft", alpha=1.0)
     return g.op("Mul", x, g.op("Sigmoid", x))
 
 
