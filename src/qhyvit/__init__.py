@@ -1,12 +1,12 @@
 """Post-training quantization of hybrid vision transformers, down to an integer model that really runs.
 
-    import qhyvit
+import qhyvit
 
-    quantized = qhyvit.quantize("mobilevit_xxs", weights="net.safetensors", calib="photos/", bits="w8a8")
-    qhyvit.save(quantized, "out/")                  # recipe, integer weights, model.onnx
-    qhyvit.verify(quantized, "val/")                # the exported model against its simulation
-    qhyvit.evaluate(quantized, "val/")              # float, simulated, deployed
-    quantized = qhyvit.load("out/")
+quantized = qhyvit.quantize("mobilevit_xxs", weights="net.safetensors", calib="photos/", bits="w8a8")
+qhyvit.save(quantized, "out/")                  # recipe, integer weights, model.onnx
+qhyvit.verify(quantized, "val/")                # the exported model against its simulation
+qhyvit.evaluate(quantized, "val/")              # float, simulated, deployed
+quantized = qhyvit.load("out/")
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def quantize(
     target: Annotated[str | None, typer.Option(help="See `qhyvit targets` [onnxruntime].")] = None,
     seed: Annotated[int | None, typer.Option(help="Chooses the calibration pictures [0].", min=0)] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML recipe; options given beside it win.")] = None,
-    keep_float: Annotated[list[str] | None, typer.Option(help="Module-name pattern to leave float; repeatable.")] = None,
+    keep_float: Annotated[list[str] | None, typer.Option(help="Leave modules of this pattern float.")] = None,
     percentile: Annotated[float | None, typer.Option(help="For --method percentile [99.99].")] = None,
     saturation: Annotated[
         str | None, typer.Option(help="For x86 without VNNI: auto, unsigned, reduce-range or ignore [auto].")
@@ -67,6 +67,7 @@ def quantize(
     from qhyvit.models.load import load_model
     from qhyvit.pipeline import quantize as run
     from qhyvit.recipe import Recipe
+    from qhyvit.store import check_writable
 
     start = Recipe.from_yaml(recipe) if recipe else Recipe()
     changes: dict[str, Any] = {
@@ -82,7 +83,7 @@ def quantize(
         "overrides": [*start.overrides, *({"match": m, "bits": "float"} for m in keep_float)] if keep_float else None,
     }
     start = start.updated(**changes)
-    terminal.refuse_existing(out, force)
+    check_writable(out, overwrite=force)  # before minutes of work, not after
     loaded = load_model(model, weights=weights, pretrained=pretrained, input_size=input_size, seed=start.seed)
     say = terminal.Say(quiet=as_json)
     say.model(loaded)
@@ -117,7 +118,7 @@ def evaluate(
         folder = None
         subject = load_model(model, weights=weights, pretrained=pretrained, input_size=input_size)
         say.model(subject)
-    dataset = terminal.dataset_for(subject, data)
+    dataset = terminal.pictures(data)
     scores = run(subject, dataset, folder=folder, limit=limit)
     say.skipped(dataset)
     say.result({name: s.to_dict() if s else None for name, s in scores.items()}, as_json)
@@ -146,7 +147,7 @@ def verify(folder: Folder, data: Data = None, limit: Limit = 128, as_json: Json 
     from qhyvit.verification import verify as run
 
     quantized = load(folder)
-    dataset = terminal.dataset_for(quantized, data)
+    dataset = terminal.pictures(data)
     found = run(quantized, dataset, folder=folder, limit=limit)
     say = terminal.Say(quiet=as_json)
     say.skipped(dataset)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from qhyvit.graph.ops import LAYOUT, is_call, set_weight, weight_of
+from qhyvit.graph.ops import LAYOUT, MATMUL, channel_axis, is_call, set_weight, tidy, weight_of
 from qhyvit.graph.sites import Sites
+from qhyvit.integer import IntegerProduct
 from qhyvit.quantizers.uniform import UniformAffine
 from qhyvit.recipe import Recipe
 
@@ -96,24 +98,83 @@ class QuantizedModel:
             reader, operand = operand, operand.args[0]
         return None
 
-    def simulation(self) -> fx.GraphModule:
-        """The graph with fake quantization at every site: what the integer model computes, in float arithmetic."""
+    def simulation(self, *, integer: bool = True) -> fx.GraphModule:
+        """The graph with fake quantization at every site.
+
+        Args:
+            integer: multiply codes, as the target's integer kernels do, where it has such kernels; False multiplies
+                dequantized floats everywhere, which is differentiable (straight-through).
+        """
         graph = copy_graph(self.graph)
         nodes = {n.name: n for n in graph.graph.nodes}
-        for site in self.sites.weights:
-            values = self.parameters.weights[site.node].dequantize(self.codes(site.node))
-            set_weight(graph, nodes[site.node], values, self._rounded_bias(site.node))
+        for layer in self.sites.weights:
+            values = self.parameters.weights[layer.node].dequantize(self.codes(layer.node))
+            set_weight(graph, nodes[layer.node], values, self._rounded_bias(layer.node))
+        products = self._integer_products() if integer and self.integer_bias else {}
         for position, site in enumerate(self.sites.activations):
-            name = f"quantizer_{position}"
-            graph.add_submodule(name, self.parameters.activations[site.value])
+            if site.value in products and products[site.value].requantizes:
+                continue
+            # a copy: casting or moving the simulation must not touch the parameters
+            graph.add_submodule(f"quantizer_{position}", copy.deepcopy(self.parameters.activations[site.value]))
             source = nodes[site.value]
             with graph.graph.inserting_after(source):
-                fake = graph.graph.call_module(name, (source,))
+                fake = graph.graph.call_module(f"quantizer_{position}", (source,))
             fake.meta.update(module=site.module, shape=site.shape)
             for reader in site.readers:
                 nodes[reader].replace_input_with(source, fake)
-        graph.recompile()
+        for position, (name, product) in enumerate(products.items()):
+            graph.add_submodule(f"product_{position}", product)
+            old = nodes[name]
+            with graph.graph.inserting_before(old):
+                new = graph.graph.call_module(f"product_{position}", old.args[: product.operands])
+            new.meta = dict(old.meta)
+            old.replace_all_uses_with(new)
+            graph.graph.erase_node(old)
+            new.name = name
+        tidy(graph)
         return graph
+
+    def _integer_products(self) -> dict[str, IntegerProduct]:
+        """By node, the products whose operands are both codes with one scale per tensor."""
+        whole = {
+            s.value for s in self.sites.activations if set(s.readers) == {u.name for u in self.nodes[s.value].users}
+        }
+        layers = {s.node for s in self.sites.weights}
+        found = {}
+        for name, node in self.nodes.items():
+            if name not in layers and not is_call(node, MATMUL):
+                continue
+            left = self._operand_quantizer(node, 0)
+            right = None if name in layers else self._operand_quantizer(node, 1)
+            if left is None or (right is None and name not in layers):
+                continue
+            output = self.parameters.activations[name] if name in whole else None
+            if output is not None and output.axis is not None:
+                output = None
+            found[name] = self._product(node, left, right, output)
+        return found
+
+    def _operand_quantizer(self, node: fx.Node, position: int) -> UniformAffine | None:
+        source = self.input_site(node, position)
+        quantizer = None if source is None else self.parameters.activations[source]
+        return quantizer if quantizer is not None and quantizer.axis is None else None
+
+    def _product(
+        self, node: fx.Node, left: UniformAffine, right: UniformAffine | None, output: UniformAffine | None
+    ) -> IntegerProduct:
+        operator: Any = node.target
+        if right is not None:
+            return IntegerProduct(operator, (), left, right, None, left.scale * right.scale, 0, output)
+        quantizer, scale = self.parameters.weights[node.name], self.bias_scale(node.name)
+        assert scale is not None
+        codes = self.codes(node.name)
+        zero_point = quantizer.zero_point
+        if quantizer.axis is not None:
+            zero_point = zero_point.view(-1, *[1] * (codes.ndim - 1))
+        weight = (codes - zero_point).float()
+        bias = self.bias(node.name)
+        rest = (None if bias is None else integer_bias(bias, scale), *node.args[3:])
+        return IntegerProduct(operator, rest, left, None, weight, scale, channel_axis(node), output)
 
     def _rounded_bias(self, node: str) -> Tensor | None:
         bias, scale = self.bias(node), self.bias_scale(node) if self.integer_bias else None
@@ -134,9 +195,9 @@ def copy_graph(graph: fx.GraphModule) -> fx.GraphModule:
     copies: dict[fx.Node, fx.Node] = {}
     output = new.graph_copy(graph.graph, copies)
     new.output(output)
-    for old, copy in copies.items():
-        copy.meta = dict(old.meta)
-        copy.name = old.name
+    for old, twin in copies.items():
+        twin.meta = dict(old.meta)
+        twin.name = old.name
     root = torch.nn.Module()
     for name, tensor in graph.named_buffers(recurse=False):
         root.register_buffer(name, tensor)

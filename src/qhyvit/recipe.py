@@ -177,7 +177,10 @@ class Recipe(_Section):
                 bits = override.bits or bits
                 weights = _changed(weights, override.weights)
                 activations = _changed(activations, override.activations)
-        return LayerBits(*_split(bits), weights, activations)
+        weight_bits, activation_bits = _split(bits)
+        if self.saturation == "reduce-range" and weight_bits == 8:
+            weight_bits = 7  # two products of 255 and -64 still fit 16 bits
+        return LayerBits(weight_bits, activation_bits, weights, activations)
 
     def updated(self, **changes: Any) -> Recipe:
         """A validated copy with `changes`; a mapping changes a section's (or `options`') keys and keeps the others.

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from qhyvit.errors import DataError
-
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from qhyvit.data.dataset import Dataset
     from qhyvit.models.load import LoadedModel
     from qhyvit.quantized import QuantizedModel
@@ -46,9 +46,9 @@ class Say:
         if not loaded.trained:
             self.warn(f"{loaded.name} has {loaded.source}: accuracies mean nothing; pass --weights or --pretrained.")
 
-    def skipped(self, dataset: Dataset) -> None:
+    def skipped(self, dataset: Dataset | None) -> None:
         """Pictures that could not be read."""
-        if dataset.skipped:
+        if dataset is not None and dataset.skipped:
             name, reason = next(iter(dataset.skipped.items()))
             self.warn(f"{len(dataset.skipped)} pictures of {dataset.name} were skipped; the first, {name}: {reason}")
 
@@ -67,7 +67,7 @@ class Say:
 
 def scores_table(result: dict[str, Any]) -> Table:
     """Float, simulated and deployed side by side; columns nobody has a value for are left out."""
-    columns = {
+    columns: dict[str, tuple[str, Callable[[float], str]]] = {
         "top1": ("top-1", lambda v: f"{100 * v:.2f} %"),
         "top5": ("top-5", lambda v: f"{100 * v:.2f} %"),
         "agreement": ("agreement with float", lambda v: f"{100 * v:.2f} %"),
@@ -119,18 +119,11 @@ def is_result(name: str) -> bool:
     return (Path(name) / "info.json").is_file()
 
 
-def refuse_existing(out: Path, force: bool) -> None:
-    """Before minutes of work, not after."""
-    if out.exists() and not force and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(f"{out} exists; choose another folder with -o, or replace it with --force.")
-
-
-def dataset_for(subject: QuantizedModel | LoadedModel, data: str | None) -> Dataset:
-    """The evaluation pictures asked for, or the built-in ones that fit the model."""
+def pictures(data: str | None) -> Dataset | None:
+    """The evaluation pictures asked for; None: the built-in ones that fit the model."""
     from qhyvit.data.dataset import open_dataset
-    from qhyvit.pipeline import default_data
 
-    return default_data(subject, "evaluation") if data is None else open_dataset(data, "evaluation")
+    return None if data is None else open_dataset(data, "evaluation")
 
 
 def finish(
@@ -146,7 +139,7 @@ def finish(
     say.remark(f"saved {out}; evaluating")
     for note in quantized.parameters.notes:
         say.remark(note)
-    dataset = dataset_for(quantized, data)
+    dataset = pictures(data)
     scores = evaluate(quantized, dataset, folder=out, limit=limit)
     say.skipped(dataset)
     result: dict[str, Any] = {name: s.to_dict() if s else None for name, s in scores.items()}

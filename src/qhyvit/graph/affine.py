@@ -20,7 +20,7 @@ from qhyvit.graph.ops import (
     as_list,
     aten,
     constant,
-    copy_meta,
+    insert,
     is_call,
     scalar,
     set_weight,
@@ -157,9 +157,6 @@ def _as_depthwise(graph: fx.GraphModule, node: fx.Node) -> int:
         return 0
     weight = add_constant(graph, f"{node.name}_weight", scale.factor.view(-1, 1, 1, 1), node)
     bias = add_constant(graph, f"{node.name}_bias", shift.offset.flatten(), node)
-    with graph.graph.inserting_before(node):
-        args = (scale.data, weight, bias, [1, 1], [0, 0], [1, 1], channels)
-        new = graph.graph.call_function(aten.conv2d.default, args)
-    copy_meta(node, new)
+    new = insert(graph, node, aten.conv2d.default, scale.data, weight, bias, [1, 1], [0, 0], [1, 1], channels)
     node.replace_all_uses_with(new)
     return 1

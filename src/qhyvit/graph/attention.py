@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import fx
 
 from qhyvit.errors import CaptureError
-from qhyvit.graph.ops import argument, aten, copy_meta, is_call, shape
+from qhyvit.graph.ops import add_constant, argument, aten, constant, insert, is_call, shape
 
 
 def open_attention(graph: fx.GraphModule) -> int:
@@ -26,16 +27,25 @@ def open_attention(graph: fx.GraphModule) -> int:
         mask, scale = argument(node, "attn_mask"), argument(node, "scale")
         if scale is None:
             scale = 1 / math.sqrt(shape(query)[-1])
-        build = graph.graph.call_function
-        with graph.graph.inserting_before(node):
-            scaled = build(aten.mul.Tensor, (query, scale))
-            keys = build(aten.transpose.int, (key, -2, -1))
-            scores = build(aten.matmul.default, (scaled, keys))
-            masked = scores if mask is None else build(aten.add.Tensor, (scores, mask))
-            weights = build(aten.softmax.int, (masked, -1))
-            out = build(aten.matmul.default, (weights, value))
-        copy_meta(node, scaled, keys, scores, masked, weights, out)
+        scaled = insert(graph, node, aten.mul.Tensor, query, scale)
+        keys = insert(graph, node, aten.transpose.int, key, -2, -1)
+        scores = insert(graph, node, aten.matmul.default, scaled, keys)
+        masked = scores if mask is None else _mask(graph, node, scores, mask)
+        weights = insert(graph, node, aten.softmax.int, masked, -1)
+        out = insert(graph, node, aten.matmul.default, weights, value)
         node.replace_all_uses_with(out)
         graph.graph.erase_node(node)  # it may draw random numbers, so dead code elimination would keep it
         opened += 1
     return opened
+
+
+def _mask(graph: fx.GraphModule, node: fx.Node, scores: fx.Node, mask: fx.Node) -> fx.Node:
+    """Scores under a mask: an additive one, or a boolean one whose False shuts a position out."""
+    if mask.meta["dtype"] != torch.bool:
+        return insert(graph, node, aten.add.Tensor, scores, mask)
+    value = constant(graph, mask)
+    minus = torch.tensor(-math.inf, dtype=scores.meta["dtype"])
+    if value is None:
+        return insert(graph, node, aten.where.self, mask, scores, add_constant(graph, "minus_infinity", minus, node))
+    additive = torch.zeros_like(value, dtype=minus.dtype).masked_fill(~value, -math.inf)
+    return insert(graph, node, aten.add.Tensor, scores, add_constant(graph, f"{node.name}_mask", additive, node))

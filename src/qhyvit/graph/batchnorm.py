@@ -7,7 +7,7 @@ import operator
 import torch
 from torch import Tensor, fx
 
-from qhyvit.graph.ops import add_constant, argument, aten, constant, copy_meta, is_call, shape
+from qhyvit.graph.ops import add_constant, argument, aten, constant, insert, is_call, shape
 
 _NORMS = frozenset({aten._native_batch_norm_legit_no_training.default, aten.batch_norm.default})
 
@@ -25,10 +25,8 @@ def plain_batch_norms(graph: fx.GraphModule) -> int:
         spatial = [1] * (len(shape(argument(node, "input"))) - 2)
         a = add_constant(graph, f"{node.name}_factor", factor.view(-1, *spatial), node)
         b = add_constant(graph, f"{node.name}_offset", offset.view(-1, *spatial), node)
-        with graph.graph.inserting_before(node):
-            scaled = graph.graph.call_function(aten.mul.Tensor, (argument(node, "input"), a))
-            shifted = graph.graph.call_function(aten.add.Tensor, (scaled, b))
-        copy_meta(node, scaled, shifted)
+        scaled = insert(graph, node, aten.mul.Tensor, argument(node, "input"), a)
+        shifted = insert(graph, node, aten.add.Tensor, scaled, b)
         readers = [u for u in node.users if u.target is operator.getitem] or [node]
         for reader in readers:
             reader.replace_all_uses_with(shifted)

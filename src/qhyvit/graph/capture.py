@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
-from torch.export.graph_signature import InputKind
+from torch.export.graph_signature import InputKind, OutputKind
 
 from qhyvit.errors import CaptureError
 from qhyvit.graph.normalise import normalise
@@ -37,7 +37,7 @@ def capture(model: nn.Module, example: Tensor, *, passes: bool = True) -> fx.Gra
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # caches assigned during export; they become constants of the graph
             program = torch.export.export(model, (example,), dynamic_shapes=({0: Dim.DYNAMIC},), strict=False)
-            table = torch.export.default_decompositions()
+            table: Any = torch.export.default_decompositions()
             for kept in KEPT:
                 if kept in table:
                     table.pop(kept)
@@ -70,13 +70,14 @@ def _lift(program: ExportedProgram) -> fx.GraphModule:
                 values[node] = graph.placeholder("pictures")
                 values[node].meta["module"] = ""
                 continue
-            name = str(spec.target).replace(".", "_")
+            name = _fresh(root, str(spec.target).replace(".", "_"))
             root.register_buffer(name, stores[spec.target].detach().clone())  # type: ignore[index]
             values[node] = graph.get_attr(name)
             values[node].meta["module"] = str(spec.target).rpartition(".")[0]
         elif node.op == "output":
-            outputs = fx.node.map_arg(node.args[0], lambda n: values[n])
-            graph.output(_single(outputs))
+            kinds = [spec.kind for spec in program.graph_signature.output_specs]
+            logits = [a for a, kind in zip(node.args[0], kinds, strict=True) if kind == OutputKind.USER_OUTPUT]
+            graph.output(_single(fx.node.map_arg(logits, lambda n: values[n])))
         else:
             values.update(_copy(program.graph_module, node, graph, values))
     root.eval()
@@ -92,10 +93,16 @@ def _copy(owner: nn.Module, node: fx.Node, graph: fx.Graph, values: dict[fx.Node
     name = getattr(node.target, "__name__", str(node.target))
     if name in {"wrap_with_autocast", "wrap_with_set_grad_enabled"}:
         return {node: _inline(node, name, graph, values)}
-    if node.target is operator.getitem and not isinstance(values[node.args[0]], fx.Node):
-        return {node: values[node.args[0]][node.args[1]]}  # an output of an opened subgraph
+    if node.target is operator.getitem and not isinstance(values[node.all_input_nodes[0]], fx.Node):
+        opened, position = node.args
+        return {node: values[opened][position]}  # type: ignore[index]  # an output of an opened subgraph
     new = graph.node_copy(node, lambda n: values[n])
     new.meta = {"module": _module_name(node)}
+    if node.target == torch.ops.aten.squeeze.default:  # on a batch of one it would take the batch axis too
+        ones = [
+            i for i, size in enumerate(node.all_input_nodes[0].meta["val"].shape) if isinstance(size, int) and size == 1
+        ]
+        new.target, new.args = torch.ops.aten.squeeze.dims, (new.args[0], ones)
     return {node: new}
 
 
@@ -116,6 +123,15 @@ def _inline(node: fx.Node, kind: str, graph: fx.Graph, values: dict[fx.Node, Any
         else:
             inner.update(_copy(subgraph, sub, graph, inner))
     raise CaptureError(f"{_module_name(node)}: a captured region has no output.")
+
+
+def _fresh(root: nn.Module, name: str) -> str:
+    """A buffer name not taken yet: `a.b_c` and `a_b.c` both become `a_b_c`."""
+    fresh, n = name, 0
+    while hasattr(root, fresh):
+        n += 1
+        fresh = f"{name}_{n}"
+    return fresh
 
 
 def _single(outputs: Any) -> fx.Node:

@@ -56,15 +56,19 @@ def origin(graph: fx.GraphModule, value: fx.Node) -> tuple[fx.Node, Tensor] | No
         if index is None:
             return None
         parent = child
-    wanted = set(index.unique().tolist())
+    wanted = _values(index)
     for parent, child, at in stages:
         for other in parent.users:
             if other is child:
                 continue
             seen = _apply(other, at) if is_call(other, LAYOUT) and other.args[0] is parent else None
-            if seen is None or wanted & {i for t in _tensors(seen) for i in t.unique().tolist()}:
+            if seen is None or any(wanted & _values(t) for t in _tensors(seen)):
                 return None
     return node, index
+
+
+def _values(index: Tensor) -> set[int]:
+    return set(torch.bincount(index.flatten().long()).nonzero().flatten().tolist())
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -85,20 +89,25 @@ def consumers(graph: fx.GraphModule, value: fx.Node, axis: int) -> list[tuple[fx
         for user in node.users:
             if is_call(user, LAYOUT | AVERAGING) and user.args[0] is node:
                 out = _apply(user, index)
-                if out is None:
+                if out is None or (is_call(user, AVERAGING) and _mixes(user, index, out)):
                     return None
                 pending.append((user, out))
             elif is_call(user, WEIGHTED) and user.args[0] is node and isinstance(index, Tensor):
                 if weight_of(graph, user) is None:
                     return None
                 flat = index.movedim(index.ndim - 1 if user.target == aten.linear.default else 1, 0).flatten(1)
-                rounded = flat[:, 0].round()
-                if (flat - rounded[:, None]).abs().max() > 1e-6:
+                if (flat - flat[:, :1]).abs().max() > 1e-6:
                     return None
-                found.append((user, rounded.long()))
+                found.append((user, flat[:, 0].round().long()))
             else:
                 return None
     return found or None
+
+
+def _mixes(node: fx.Node, index: Tensor, mean: Tensor) -> bool:
+    """Whether a mean takes different channels together: their indices then have a variance."""
+    squares = _apply(node, index.square())
+    return squares is None or bool(((squares - mean.square()).abs() > 1e-3).any())
 
 
 def per_channel(constant: Tensor, index: Tensor, channels: int, default: float) -> Tensor | None:
@@ -107,7 +116,7 @@ def per_channel(constant: Tensor, index: Tensor, channels: int, default: float) 
     Returns:
         Tensor (channels,) in the dtype of `constant`; `default` for channels that do not occur.
     """
-    if torch.broadcast_shapes(constant.shape, index.shape) != index.shape:
+    if constant.ndim > index.ndim:
         return None
     spread, flat = constant.expand(index.shape).flatten(), index.flatten().long()
     result = torch.full((channels,), default, dtype=constant.dtype, device=constant.device)

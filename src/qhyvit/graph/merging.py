@@ -33,7 +33,8 @@ def merge_branches(graph: fx.GraphModule) -> int:
         a, b = node.args
         if a is b or not is_call(a, WEIGHTED) or not is_call(b, WEIGHTED):
             continue
-        assert isinstance(a, fx.Node) and isinstance(b, fx.Node)
+        assert isinstance(a, fx.Node)
+        assert isinstance(b, fx.Node)
         if a.target != b.target or a.args[0] is not b.args[0] or len(a.users) != 1 or len(b.users) != 1:
             continue
         if weight_of(graph, a) is None or weight_of(graph, b) is None or shape(a) != shape(b):

@@ -10,7 +10,8 @@ from qhyvit.graph import shapes
 from qhyvit.graph.affine import fold_affines
 from qhyvit.graph.attention import open_attention
 from qhyvit.graph.batchnorm import plain_batch_norms
-from qhyvit.graph.canonical import canonicalise, fold_constants, name_nodes, remove_identities
+from qhyvit.graph.canonical import canonicalise, name_nodes, remove_identities
+from qhyvit.graph.constants import fold_constants
 from qhyvit.graph.merging import merge_branches
 from qhyvit.graph.ops import tidy
 

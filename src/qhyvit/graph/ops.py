@@ -38,8 +38,9 @@ LAYOUT: frozenset[Target] = frozenset(
         aten.roll.default,
         aten.flip.default,
         aten.pixel_shuffle.default,
-        aten.pixel_unshuffle.default,
-        aten.channel_shuffle.default,
+        aten.repeat.default,
+        aten.index.Tensor,
+        aten.index_select.default,
         operator.getitem,
     }
 )
@@ -64,6 +65,8 @@ KEPT: frozenset[Target] = (
             aten.batch_norm.default,
             aten.bmm.default,
             aten.celu.default,
+            aten.channel_shuffle.default,
+            aten.col2im.default,
             aten.clone.default,
             aten.constant_pad_nd.default,
             aten.contiguous.default,
@@ -87,6 +90,7 @@ KEPT: frozenset[Target] = (
             aten.native_group_norm.default,
             aten.native_layer_norm.default,
             aten.pad.default,
+            aten.pixel_unshuffle.default,
             aten.prelu.default,
             aten.relu.default,
             aten.relu6.default,
@@ -96,6 +100,9 @@ KEPT: frozenset[Target] = (
             aten.silu.default,
             aten.softmax.int,
             aten.softplus.default,
+            aten._upsample_nearest_exact2d.vec,
+            aten.adaptive_avg_pool1d.default,
+            aten.avg_pool1d.default,
             aten.upsample_bicubic2d.vec,
             aten.upsample_bilinear2d.vec,
             aten.upsample_nearest2d.vec,
@@ -153,8 +160,23 @@ def add_constant(graph: fx.GraphModule, name: str, value: Tensor, before: fx.Nod
     graph.register_buffer(fresh, value.detach().clone())
     with graph.graph.inserting_before(before):
         node = graph.graph.get_attr(fresh)
-    node.meta["shape"] = tuple(value.shape)
-    node.meta["module"] = before.meta.get("module", "")
+    node.meta.update(shape=tuple(value.shape), dtype=value.dtype, module=before.meta.get("module", ""))
+    return node
+
+
+def insert(graph: fx.GraphModule, before: fx.Node, target: Target, *args: Any, **kwargs: Any) -> fx.Node:
+    """A new call just before `before`, with its module name and with the shape and dtype of its output."""
+    with graph.graph.inserting_before(before):
+        node = graph.graph.call_function(target, args, kwargs)
+    copy_meta(before, node)
+
+    def empty(source: fx.Node) -> Any:
+        if "shape" not in source.meta:
+            return source.meta["value"]
+        return torch.empty(shape(source), dtype=source.meta["dtype"], device="meta")
+
+    result = target(*fx.node.map_arg(args, empty), **fx.node.map_arg(kwargs, empty))
+    node.meta.update(shape=tuple(result.shape), dtype=result.dtype)
     return node
 
 

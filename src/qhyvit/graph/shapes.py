@@ -15,10 +15,12 @@ class _Recorder(fx.Interpreter):
             n.meta["shape"], n.meta["dtype"] = tuple(result.shape), result.dtype
         else:
             n.meta.pop("shape", None)
+            if isinstance(result, int):
+                n.meta["value"] = result
         return result
 
 
 def infer(graph: fx.GraphModule, example: Tensor) -> None:
-    """Run one picture (1, 3, H, W) and write `meta["shape"]` and `meta["dtype"]` of every tensor value."""
+    """Run one picture (1, 3, H, W); write `meta["shape"]` and `meta["dtype"]` of tensors, `meta["value"]` of sizes."""
     with torch.no_grad():
         _Recorder(graph).run(example)

@@ -35,8 +35,6 @@ _BIJECTIVE = frozenset(
         aten.roll.default,
         aten.flip.default,
         aten.pixel_shuffle.default,
-        aten.pixel_unshuffle.default,
-        aten.channel_shuffle.default,
     }
 )
 
@@ -88,6 +86,10 @@ class Sites:
     weights: tuple[WeightSite, ...]
     activations: tuple[ActivationSite, ...]
 
+    def modules(self) -> list[str]:
+        """Dotted names of all modules that hold a site, sorted."""
+        return sorted({s.module for s in self.weights} | {s.module for s in self.activations})
+
 
 def place(
     graph: fx.GraphModule,
@@ -106,7 +108,9 @@ def place(
             quantized to run them in integers.
     """
     nodes = [n for n in graph.graph.nodes if n.op in {"placeholder", "call_function"}]
-    weights, readers, owner = [], {}, {}
+    weights: list[WeightSite] = []
+    readers: dict[fx.Node, list[fx.Node]] = {}
+    owner: dict[fx.Node, str] = {}
     for node in nodes:
         if not is_call(node, WEIGHTED | MATMUL) or is_float(node.meta["module"]):
             continue
@@ -135,7 +139,7 @@ def place(
 
 
 def kind_of(node: fx.Node) -> str:
-    """ "conv", "linear", "matmul", or the operator's ATen name without overload ("silu", "add", …)."""
+    """One of "conv", "linear", "matmul", or the operator's ATen name without overload ("silu", "add", …)."""
     if is_call(node, CONVOLUTIONS):
         return "conv"
     if is_call(node, LINEAR):

@@ -30,5 +30,5 @@ def _flags_from_torch() -> set[str]:
     """Where there is no /proc (Windows, macOS on x86), ask torch, whose newer versions list the capabilities."""
     import torch
 
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     return {name for name, value in capabilities.items() if value is True}

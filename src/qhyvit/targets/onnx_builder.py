@@ -89,7 +89,7 @@ class Builder:
         dtype = _code_type(quantizer)
         scale = self.constant(quantizer.scale.float(), "scale")
         zero = self.constant(quantizer.zero_point.cpu().numpy().astype(dtype), "zero_point")
-        axes = {} if quantizer.axis is None else {"axis": axis}
+        axes: dict[str, Any] = {} if quantizer.axis is None else {"axis": axis}
         codes = self.op("QuantizeLinear", name, scale, zero, **axes)
         info = np.iinfo(dtype)
         if (info.min, info.max) != (quantizer.quant_min, quantizer.quant_max):
@@ -99,7 +99,7 @@ class Builder:
 
     def dequantize(self, value: Value) -> str:
         """A float view of codes; one DequantizeLinear for each reader, as runtimes fuse each with its operator."""
-        axes = {} if value.axis is None else {"axis": value.axis}
+        axes: dict[str, Any] = {} if value.axis is None else {"axis": value.axis}
         name: str = self.op("DequantizeLinear", value.name, *value.parameters, **axes)
         return name
 
@@ -115,13 +115,14 @@ class Builder:
         """
         array = codes.cpu().numpy()
         zero = quantizer.zero_point.cpu().numpy()
-        axes = {} if quantizer.axis is None else {"axis": axis}
+        axes: dict[str, Any] = {} if quantizer.axis is None else {"axis": axis}
         if quantizer.bits <= 4 and not unsigned:
             name = self.fresh(hint)
             tensor = helper.make_tensor(name, TensorProto.INT4, array.shape, array.astype(np.int8).flatten())
             self.initializers.append(tensor)
             name = self.op("Cast", name, to=TensorProto.INT8)  # folded on loading, so that int8 kernels take it
-            dtype, shift = np.dtype(np.int8), 0
+            dtype: np.dtype[Any] = np.dtype(np.int8)
+            shift = 0
         else:
             dtype, shift = (np.dtype(np.uint8), 128) if unsigned else (np.dtype(np.int8), 0)
             name = self.constant((array + shift).astype(dtype), hint)
@@ -141,9 +142,7 @@ class Builder:
         domains = {node.domain for node in self.nodes if node.domain}
         opsets = [helper.make_opsetid("", OPSET), *(helper.make_opsetid(d, 1) for d in sorted(domains))]
         graph = helper.make_graph(self.nodes, "qhyvit", inputs, outputs, self.initializers)
-        model = helper.make_model(
-            graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name=producer
-        )
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name=producer)
         onnx.checker.check_model(model, full_check=True)
         return model
 

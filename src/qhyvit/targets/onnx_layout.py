@@ -116,6 +116,24 @@ def _expand(g: Lowering, node: fx.Node) -> Any:
     return g.op("Expand", g.raw(node), g.op("Concat", *parts, axis=0))
 
 
+@lowers(aten.repeat.default)
+def _repeat(g: Lowering, node: fx.Node) -> Any:
+    times = argument(node, "repeats")
+    x, missing = g.raw(node), len(times) - len(shape(node.args[0]))  # type: ignore[arg-type]
+    if missing:
+        x = g.op("Unsqueeze", x, g.b.ints(*range(missing)))
+    if not any(isinstance(t, fx.Node) for t in times):
+        return g.op("Tile", x, g.b.ints(*times))
+    return g.op(
+        "Tile", x, g.op("Concat", *(g.value(t) if isinstance(t, fx.Node) else g.b.ints(t) for t in times), axis=0)
+    )
+
+
+@lowers(aten.index_select.default)
+def _index_select(g: Lowering, node: fx.Node) -> Any:
+    return g.op("Gather", g.raw(node), g.value(argument(node, "index")), axis=argument(node, "dim"))
+
+
 @lowers(aten.roll.default)
 def _roll(g: Lowering, node: fx.Node) -> Any:
     out, size = g.raw(node), shape(node)

@@ -1,9 +1,9 @@
 """A quantized model as an ONNX graph in QDQ form.
 
 Integer codes are made once, right after the operator whose output they are; layout operators then move the codes, and
-each operator that computes gets a DequantizeLinear of its own, the form in which runtimes find integer kernels. A linear
-over positions is one Gemm on positions × channels, and what follows it position by position stays in that flat form. Why
-not torch.onnx.export: it takes 6 to 38 s for these nets and writes linears and Q/DQ in a form that is not fused.
+each operator that computes gets a DequantizeLinear of its own, the form in which runtimes find integer kernels. A
+linear over positions is one Gemm on positions × channels, and what follows it position by position stays in that flat
+form. Why not torch.onnx.export: it takes many times as long and writes linears and Q/DQ in a form that is not fused.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from qhyvit.graph.ops import (
     weight_of,
 )
 from qhyvit.quantized import QuantizedModel, integer_bias
-from qhyvit.targets import onnx_layout  # noqa: F401  (registers its lowerings)
+from qhyvit.targets import onnx_layout, onnx_spatial  # noqa: F401  (register their lowerings)
 from qhyvit.targets.onnx_builder import Builder, Value, no_lowering
 from qhyvit.targets.onnx_ops import LOWERINGS
 

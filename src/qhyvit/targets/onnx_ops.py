@@ -12,7 +12,7 @@ from onnx import TensorProto
 from torch import fx
 
 from qhyvit.errors import TargetError
-from qhyvit.graph.ops import argument, as_list, aten, shape
+from qhyvit.graph.ops import argument, aten, shape
 
 if TYPE_CHECKING:
     from qhyvit.targets.onnx_lowering import Lowering
@@ -22,6 +22,8 @@ LOWERINGS: dict[Any, Lower] = {}
 
 _UNARY = {
     "abs": "Abs",
+    "atan": "Atan",
+    "bitwise_not": "Not",
     "ceil": "Ceil",
     "cos": "Cos",
     "erf": "Erf",
@@ -29,15 +31,16 @@ _UNARY = {
     "floor": "Floor",
     "hardswish": "HardSwish",
     "log": "Log",
+    "logical_not": "Not",
     "mish": "Mish",
     "neg": "Neg",
     "reciprocal": "Reciprocal",
     "relu": "Relu",
     "round": "Round",
     "sigmoid": "Sigmoid",
+    "selu": "Selu",
     "sign": "Sign",
     "sin": "Sin",
-    "softplus": "Softplus",
     "sqrt": "Sqrt",
     "tanh": "Tanh",
 }
@@ -54,8 +57,17 @@ _BINARY = {
     "sub.Scalar": "Sub",
     "mul.Scalar": "Mul",
     "div.Scalar": "Div",
+    "clamp_max.default": "Min",
+    "clamp_min.default": "Max",
+    "pow.Scalar": "Pow",
     "gt.Scalar": "Greater",
+    "gt.Tensor": "Greater",
+    "ge.Scalar": "GreaterOrEqual",
+    "ge.Tensor": "GreaterOrEqual",
     "lt.Scalar": "Less",
+    "lt.Tensor": "Less",
+    "le.Scalar": "LessOrEqual",
+    "le.Tensor": "LessOrEqual",
 }
 
 
@@ -71,16 +83,18 @@ def lowers(*targets: Any) -> Callable[[Lower], Lower]:
 
 def _register_elementwise() -> None:
     for name, kind in _UNARY.items():
-        LOWERINGS[getattr(aten, name).default] = lambda g, n, kind=kind: g.op(kind, g.x(n, 0))
+        LOWERINGS[getattr(aten, name).default] = _unary(kind)
     for name, kind in _BINARY.items():
         base, overload = name.split(".")
-        LOWERINGS[getattr(getattr(aten, base), overload)] = lambda g, n, kind=kind: _binary(g, n, kind)
+        LOWERINGS[getattr(getattr(aten, base), overload)] = _binary(kind)
 
 
-def _binary(g: Lowering, node: fx.Node, kind: str) -> Any:
-    if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("rounding_mode") is not None:
-        raise TargetError(f"{node.meta.get('module')}: {node.target} with {dict(node.kwargs)} has no ONNX form.")
-    return g.op(kind, g.x(node, 0), g.x(node, 1))
+def _unary(kind: str) -> Lower:
+    return lambda g, node: g.op(kind, g.x(node, 0))
+
+
+def _binary(kind: str) -> Lower:
+    return lambda g, node: g.op(kind, g.x(node, 0), g.x(node, 1))
 
 
 _register_elementwise()
@@ -133,6 +147,25 @@ def _leaky_relu(g: Lowering, node: fx.Node) -> Any:
 @lowers(aten.elu.default)
 def _elu(g: Lowering, node: fx.Node) -> Any:
     return g.op("Elu", g.x(node, 0), alpha=float(argument(node, "alpha")))
+
+
+@lowers(aten.celu.default)
+def _celu(g: Lowering, node: fx.Node) -> Any:
+    return g.op("Celu", g.x(node, 0), alpha=float(argument(node, "alpha")))
+
+
+@lowers(aten.softplus.default)
+def _softplus(g: Lowering, node: fx.Node) -> Any:
+    """softplus(βx)/β; beyond the threshold torch gives x itself, from which it differs by less than float32 shows."""
+    beta, x = float(argument(node, "beta")), g.x(node, 0)
+    if beta == 1:
+        return g.op("Softplus", x)
+    return g.op("Div", g.op("Softplus", g.op("Mul", x, g.b.number(beta))), g.b.number(beta))
+
+
+@lowers(aten.log_sigmoid.default)
+def _log_sigmoid(g: Lowering, node: fx.Node) -> Any:
+    return g.op("Neg", g.op("Softplus", g.op("Neg", g.x(node, 0))))
 
 
 @lowers(aten.prelu.default)
@@ -231,43 +264,6 @@ def _var(g: Lowering, node: fx.Node) -> Any:
     return g.op("Div", total, divisor)
 
 
-@lowers(aten.adaptive_avg_pool2d.default)
-def _adaptive_pool(g: Lowering, node: fx.Node) -> Any:
-    size, target = shape(node.args[0])[2:], shape(node)[2:]  # type: ignore[arg-type]
-    if tuple(target) == (1, 1):
-        return g.op("GlobalAveragePool", g.x(node, 0))
-    if any(s % t for s, t in zip(size, target, strict=True)):
-        raise TargetError(f"{node.meta.get('module')}: adaptive pooling from {size} to {target} has no ONNX form.")
-    kernel = [s // t for s, t in zip(size, target, strict=True)]
-    return g.op("AveragePool", g.x(node, 0), kernel_shape=kernel, strides=kernel)
-
-
-def _pool_attributes(node: fx.Node) -> dict[str, Any]:
-    kernel = as_list(argument(node, "kernel_size"), 2)
-    stride = argument(node, "stride")
-    pads = as_list(argument(node, "padding", 0), 2) * 2
-    return {
-        "kernel_shape": kernel,
-        "strides": as_list(stride, 2) if stride else kernel,
-        "pads": pads,
-        "ceil_mode": int(bool(argument(node, "ceil_mode"))),
-    }
-
-
-@lowers(aten.avg_pool2d.default)
-def _avg_pool(g: Lowering, node: fx.Node) -> Any:
-    if argument(node, "divisor_override") is not None:
-        raise TargetError(f"{node.meta.get('module')}: average pooling with a divisor of its own has no ONNX form.")
-    include = int(bool(argument(node, "count_include_pad")))
-    return g.op("AveragePool", g.x(node, 0), count_include_pad=include, **_pool_attributes(node))
-
-
-@lowers(aten.max_pool2d.default)
-def _max_pool(g: Lowering, node: fx.Node) -> Any:
-    dilations = as_list(argument(node, "dilation", 1), 2)
-    return g.op("MaxPool", g.x(node, 0), dilations=dilations, **_pool_attributes(node))
-
-
 @lowers(aten.cat.default)
 def _cat(g: Lowering, node: fx.Node) -> Any:
     return g.op("Concat", *(g.operand(node, part) for part in argument(node, "tensors")), axis=argument(node, "dim"))
@@ -281,55 +277,21 @@ def _stack(g: Lowering, node: fx.Node) -> Any:
     return g.op("Concat", *parts, axis=axis)
 
 
-def _resize(mode: str) -> Lower:
-    def lower(g: Lowering, node: fx.Node) -> Any:
-        corners = bool(argument(node, "align_corners")) if mode != "nearest" else False
-        coordinates = "align_corners" if corners else ("asymmetric" if mode == "nearest" else "pytorch_half_pixel")
-        extra: dict[str, Any] = {"nearest_mode": "floor"} if mode == "nearest" else {}
-        if mode == "cubic":
-            extra["cubic_coeff_a"] = -0.75
-        sizes = g.op("Concat", g.batch_size(node.args[0]), g.b.ints(*shape(node)[1:]), axis=0)
-        return g.op(
-            "Resize", g.x(node, 0), "", "", sizes, mode=mode, coordinate_transformation_mode=coordinates, **extra
-        )
-
-    return lower
-
-
-for _overload, _mode in (
-    (aten.upsample_bilinear2d.vec, "linear"),
-    (aten.upsample_bilinear2d.default, "linear"),
-    (aten.upsample_nearest2d.vec, "nearest"),
-    (aten.upsample_nearest2d.default, "nearest"),
-    (aten.upsample_bicubic2d.vec, "cubic"),
-    (aten.upsample_bicubic2d.default, "cubic"),
-):
-    LOWERINGS[_overload] = _resize(_mode)
-
-
-@lowers(aten.constant_pad_nd.default, aten.pad.default)
-def _pad(g: Lowering, node: fx.Node) -> Any:
-    pads = list(argument(node, "pad"))
-    modes = {"constant": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
-    mode = modes[argument(node, "mode") if node.target == aten.pad.default else "constant"]
-    rank = len(shape(node))
-    before, after = [0] * rank, [0] * rank
-    for i in range(len(pads) // 2):
-        before[rank - 1 - i], after[rank - 1 - i] = pads[2 * i], pads[2 * i + 1]
-    fill = g.b.number(argument(node, "value") or 0.0)
-    return g.op("Pad", g.x(node, 0), g.b.ints(*before, *after), fill, mode=mode)
-
-
 @lowers(aten.where.self)
 def _where(g: Lowering, node: fx.Node) -> Any:
     return g.op("Where", g.x(node, 0), g.x(node, 1), g.x(node, 2))
 
 
-@lowers(aten._to_copy.default, aten.to.dtype)
+@lowers(aten._to_copy.default, aten.to.dtype, aten.type_as.default)
 def _cast(g: Lowering, node: fx.Node) -> Any:
     if not node.meta["dtype"].is_floating_point:
         raise TargetError(f"{node.meta.get('module')}: a cast to {node.meta['dtype']} has no ONNX form here.")
     return g.op("Cast", g.x(node, 0), to=TensorProto.FLOAT)
+
+
+@lowers(aten.cumsum.default)
+def _cumsum(g: Lowering, node: fx.Node) -> Any:
+    return g.op("CumSum", g.x(node, 0), g.b.constant(np.array(argument(node, "dim"), np.int64), "axis"))
 
 
 @lowers(aten.sym_size.int)
@@ -339,7 +301,16 @@ def _sym_size(g: Lowering, node: fx.Node) -> Any:
     return g.batch_size(node.args[0])
 
 
-@lowers(operator.mul)
-def _size_product(g: Lowering, node: fx.Node) -> Any:
-    sides = [g.value(a) if isinstance(a, fx.Node) else g.b.ints(a) for a in node.args]
-    return g.op("Mul", *sides)
+def _size_arithmetic(kind: str) -> Lower:
+    """On sizes, which are positive; so ONNX's truncating division is Python's floor division."""
+
+    def lower(g: Lowering, node: fx.Node) -> Any:
+        return g.op(kind, *(g.value(a) if isinstance(a, fx.Node) else g.b.ints(a) for a in node.args))  # type: ignore[arg-type]
+
+    return lower
+
+
+LOWERINGS[operator.mul] = _size_arithmetic("Mul")
+LOWERINGS[operator.add] = _size_arithmetic("Add")
+LOWERINGS[operator.sub] = _size_arithmetic("Sub")
+LOWERINGS[operator.floordiv] = _size_arithmetic("Div")

@@ -20,11 +20,23 @@ from qhyvit.targets.onnx_lowering import Lowering
 
 # Moving numbers, changing their type, or shape arithmetic: neither an integer nor a float computation.
 _NEUTRAL = frozenset(
-    ["Cast", "Clip", "Concat", "ConstantOfShape", "DequantizeLinear", "Expand", "Flatten", "Gather", "Identity", "Pad", "QuantizeLinear", "Reshape", "Shape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze", "ReorderInput", "ReorderOutput", "DepthToSpace"]
+    {
+        *(
+            "Cast",
+            "Clip",
+            "Concat",
+            "ConstantOfShape",
+            "DepthToSpace",
+            "DequantizeLinear",
+            "Expand",
+            "Flatten",
+            "Gather",
+        ),
+        *("Identity", "Pad", "QuantizeLinear", "ReorderInput", "ReorderOutput", "Reshape", "Shape", "Slice", "Split"),
+        *("Squeeze", "Transpose", "Unsqueeze"),
+    }
 )
-_INTEGER = frozenset(
-    ["ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "QGemm", "QLinearConv", "QLinearMatMul", "QLinearAdd"]
-)
+_INTEGER = frozenset({"ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "QGemm"})  # and all called QLinear…
 
 
 def prepare(recipe: Recipe) -> Recipe:

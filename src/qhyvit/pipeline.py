@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from qhyvit.calibration.bias import correct_biases
-from qhyvit.data.dataset import Dataset, open_builtin, open_dataset
+from qhyvit.data.dataset import Dataset, Part, open_builtin, open_dataset
 from qhyvit.data.preprocessing import Preprocessing
-from qhyvit.errors import RecipeError
+from qhyvit.errors import RecipeError, TargetError
 from qhyvit.graph.capture import capture
 from qhyvit.graph.sites import place
 from qhyvit.methods import METHODS, Problem
@@ -39,7 +40,7 @@ def quantize(
         calib: calibration pictures: a folder, zip, npz, built-in name ("flowers", "photos"), a `Dataset`, or a batch of
             preprocessed pictures (n, 3, H, W). Default: the built-in set that fits the model.
         recipe: a `Recipe`, or a YAML file; default: W8A8, method mse, target onnxruntime.
-        weights: safetensors or state-dict file.
+        weights: safetensors or state-dict file (the recipe's section `weights` is changed through `recipe`).
         pretrained: take timm's published weights.
         input_size: side of the pictures.
         changes: recipe keys to change, for instance `bits="w6a6"`, `method="percentile"`.
@@ -72,9 +73,11 @@ def quantize(
         is_float=lambda module: min(_bits(recipe, module)) >= 32,
         quantized_outputs=target.quantized_outputs,
     )
-    target.check(recipe, sorted({s.module for s in (*sites.weights, *sites.activations)}))
+    target.check(recipe, sites.modules())
     _check_overrides(recipe, [str(n.meta.get("module", "")) for n in graph.graph.nodes])
-    stream, count, source = _pictures(calib or recipe.calibration.source, loaded, recipe, preprocessing)
+    stream, count, source = _pictures(
+        recipe.calibration.source if calib is None else calib, loaded, recipe, preprocessing
+    )
     problem = Problem(graph, sites, recipe, stream, count)
     parameters = method(problem)
     info = {
@@ -99,8 +102,6 @@ def _bits(recipe: Recipe, module: str) -> tuple[int, int]:
 
 def _check_overrides(recipe: Recipe, modules: list[str]) -> None:
     """An override that matches no layer is a typo, and would otherwise pass unseen."""
-    import fnmatch
-
     for override in recipe.overrides:
         if not any(fnmatch.fnmatchcase(module, override.match) for module in modules):
             raise RecipeError(
@@ -116,7 +117,7 @@ def _pictures(
     size, batch = recipe.calibration.size, recipe.calibration.batch
     if isinstance(calib, Tensor):
         images = calib[:size].float()
-        return lambda: iter(images.split(batch)), len(images), "a tensor"
+        return lambda: iter(torch.split(images, batch)), len(images), "a tensor"
     dataset = default_data(loaded, "calibration") if calib is None else calib
     if not isinstance(dataset, Dataset):
         dataset = open_dataset(dataset, "calibration")
@@ -129,6 +130,29 @@ def _pictures(
     return stream, min(size, len(chosen)), dataset.name
 
 
-def default_data(loaded: LoadedModel, part: Any) -> Dataset:
+def default_data(model: LoadedModel | QuantizedModel, part: Part) -> Dataset:
     """The built-in pictures that fit a model: flowers for the demo net, photos for all others."""
-    return open_builtin("flowers" if loaded.name == DEMO else "photos", part)
+    name = model.name if isinstance(model, LoadedModel) else model.info["model"]
+    return open_builtin("flowers" if name == DEMO else "photos", part)
+
+
+def export(model: QuantizedModel, path: str | Path, *, target: str | None = None, quantized: bool = True) -> Path:
+    """Write the deployable file of a quantized model, whole or not at all.
+
+    Args:
+        model: what `quantize` or `load` gave.
+        path: file to write.
+        target: default: the recipe's.
+        quantized: False writes the float model, for comparison.
+
+    Raises:
+        TargetError: if the target exports nothing, or an operator has no form in it.
+    """
+    chosen = TARGETS[target or model.recipe.target]
+    if chosen.export is None:
+        raise TargetError(f"Target {chosen.name} exports nothing; choose another one with target=onnxruntime.")
+    chosen.check(model.recipe, model.sites.modules())
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    chosen.export(model, path, quantized)
+    return path

@@ -1,0 +1,120 @@
+"""ONNX forms of pooling, resizing and padding."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import fx
+
+from qhyvit.errors import TargetError
+from qhyvit.graph.ops import argument, as_list, aten, shape
+from qhyvit.targets.onnx_ops import LOWERINGS, Lower, lowers
+
+if TYPE_CHECKING:
+    from qhyvit.targets.onnx_lowering import Lowering
+
+
+@lowers(aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default)
+def _adaptive_pool(g: Lowering, node: fx.Node) -> Any:
+    """One mean over all, equal windows, or, where windows differ in size, a product with averaging weights per axis."""
+    size, wanted = shape(node.args[0])[2:], shape(node)[2:]  # type: ignore[arg-type]
+    if all(w == 1 for w in wanted):
+        return g.op("GlobalAveragePool", g.x(node, 0))
+    if not any(s % w for s, w in zip(size, wanted, strict=True)):
+        kernel = [s // w for s, w in zip(size, wanted, strict=True)]
+        return g.op("AveragePool", g.x(node, 0), kernel_shape=kernel, strides=kernel)
+    out = g.op("MatMul", g.x(node, 0), g.b.constant(_averages(size[-1], wanted[-1]).T, "averages"))
+    return out if len(size) == 1 else g.op("MatMul", g.b.constant(_averages(size[0], wanted[0]), "averages"), out)
+
+
+def _averages(size: int, wanted: int) -> NDArray[np.float32]:
+    """Weights (wanted, size) of torch's adaptive windows: from floor(i·size/wanted) to ceil((i+1)·size/wanted)."""
+    weights = np.zeros((wanted, size), np.float32)
+    for i in range(wanted):
+        start, end = i * size // wanted, -(-(i + 1) * size // wanted)
+        weights[i, start:end] = 1 / (end - start)
+    return weights
+
+
+def _pool_attributes(node: fx.Node) -> dict[str, Any]:
+    n = len(shape(node)) - 2
+    kernel = as_list(argument(node, "kernel_size"), n)
+    stride = argument(node, "stride")
+    return {
+        "kernel_shape": kernel,
+        "strides": as_list(stride, n) if stride else kernel,
+        "pads": as_list(argument(node, "padding", 0), n) * 2,
+        "ceil_mode": int(bool(argument(node, "ceil_mode"))),
+    }
+
+
+@lowers(aten.avg_pool1d.default, aten.avg_pool2d.default)
+def _avg_pool(g: Lowering, node: fx.Node) -> Any:
+    if argument(node, "divisor_override") is not None:
+        raise TargetError(f"{node.meta.get('module')}: average pooling with a divisor of its own has no ONNX form.")
+    include = int(bool(argument(node, "count_include_pad")))
+    return g.op("AveragePool", g.x(node, 0), count_include_pad=include, **_pool_attributes(node))
+
+
+@lowers(aten.max_pool2d.default)
+def _max_pool(g: Lowering, node: fx.Node) -> Any:
+    dilations = as_list(argument(node, "dilation", 1), 2)
+    return g.op("MaxPool", g.x(node, 0), dilations=dilations, **_pool_attributes(node))
+
+
+def _resize(mode: str, coordinates: str = "half_pixel", **attributes: Any) -> Lower:
+    def lower(g: Lowering, node: fx.Node) -> Any:
+        corners = mode != "nearest" and bool(argument(node, "align_corners"))
+        where = "align_corners" if corners else coordinates
+        factors = None if corners else _factors(node)
+        if factors is None:
+            sizes = g.op("Concat", g.batch_size(node.args[0]), g.b.ints(*shape(node)[1:]), axis=0)
+            target = ["", sizes]
+        else:
+            target = [g.b.constant(np.array([1, 1, *factors], np.float32), "scales")]
+        return g.op("Resize", g.x(node, 0), "", *target, mode=mode, coordinate_transformation_mode=where, **attributes)
+
+    return lower
+
+
+def _factors(node: fx.Node) -> list[float] | None:
+    """Scale factors the model gave, where they say more than the sizes do."""
+    factors = argument(node, "scale_factors") or [argument(node, n) for n in ("scales_h", "scales_w")]
+    if any(f is None for f in factors):
+        return None
+    sizes = zip(shape(node.args[0])[2:], shape(node)[2:], factors, strict=True)  # type: ignore[arg-type]
+    return None if all(new == old * f for old, new, f in sizes) else [float(f) for f in factors]
+
+
+_NEAREST = _resize("nearest", "asymmetric", nearest_mode="floor")
+_EXACT = _resize("nearest", nearest_mode="round_prefer_ceil")
+_LINEAR = _resize("linear")
+_CUBIC = _resize("cubic", cubic_coeff_a=-0.75)
+LOWERINGS.update(
+    {
+        aten.upsample_nearest2d.vec: _NEAREST,
+        aten.upsample_nearest2d.default: _NEAREST,
+        aten._upsample_nearest_exact2d.vec: _EXACT,
+        aten._upsample_nearest_exact2d.default: _EXACT,
+        aten.upsample_bilinear2d.vec: _LINEAR,
+        aten.upsample_bilinear2d.default: _LINEAR,
+        aten._upsample_bilinear2d_aa.default: _resize("linear", antialias=1),
+        aten.upsample_bicubic2d.vec: _CUBIC,
+        aten.upsample_bicubic2d.default: _CUBIC,
+    }
+)
+
+
+@lowers(aten.constant_pad_nd.default, aten.pad.default)
+def _pad(g: Lowering, node: fx.Node) -> Any:
+    pads = list(argument(node, "pad"))
+    modes = {"constant": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
+    mode = modes[argument(node, "mode") if node.target == aten.pad.default else "constant"]
+    rank = len(shape(node))
+    before, after = [0] * rank, [0] * rank
+    for i in range(len(pads) // 2):
+        before[rank - 1 - i], after[rank - 1 - i] = pads[2 * i], pads[2 * i + 1]
+    fill = g.b.number(argument(node, "value") or 0.0)
+    return g.op("Pad", g.x(node, 0), g.b.ints(*before, *after), fill, mode=mode)
