@@ -170,7 +170,7 @@ def bench(
     terminal.Say(quiet=as_json).result(found.to_dict(), as_json)
 
 
-@app.command()
+@app.command(epilog="Example:\n\n`qhyvit models`, then `qhyvit quantize mobilevit_xs --pretrained -o out/`")
 def models(as_json: Json = False) -> None:
     """Models by name: the demo net and the hybrid families. Every other timm classifier works too."""
     from qhyvit.models.load import list_models
@@ -178,7 +178,7 @@ def models(as_json: Json = False) -> None:
     terminal.show_list(list_models(), as_json)
 
 
-@app.command()
+@app.command(epilog="Example:\n\n`qhyvit methods`, then `qhyvit quantize --method minmax -o out/`")
 def methods(as_json: Json = False) -> None:
     """Quantization methods."""
     from qhyvit.methods import METHODS
@@ -187,7 +187,7 @@ def methods(as_json: Json = False) -> None:
     terminal.show_list(rows, as_json)
 
 
-@app.command()
+@app.command(epilog="Example:\n\n`qhyvit targets --json`")
 def targets(as_json: Json = False) -> None:
     """Runtimes that models can be written for."""
     from qhyvit.targets import TARGETS
@@ -211,9 +211,10 @@ def main() -> None:
     except QhyvitError as error:
         typer.echo(f"qhyvit: {error}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo("qhyvit: stopped; nothing half-written was left behind.", err=True)
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == 130:  # typer ends so when it has caught Ctrl-C
+            typer.echo("qhyvit: stopped; nothing half-written was left behind.", err=True)
+        raise
 
 
 if __name__ == "__main__":

@@ -146,7 +146,7 @@ def finish(
     result["float"]["bytes"] = (out / "float.safetensors").stat().st_size
     exported = exported_path(out)
     if exported is not None:
-        result["verification"] = verify(quantized, dataset, folder=out).to_dict()
+        result["verification"] = verify(quantized, dataset, folder=out, limit=min(limit or 128, 128)).to_dict()
         latency = bench(quantized, folder=out, runs=20)
         result["latency"] = latency.to_dict()
         result["float"]["latency_ms"] = latency.float_ms

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from qhyvit.calibration.statistics import TensorStatistics
+from qhyvit.errors import ModelError
 from qhyvit.graph.sites import Sites
 
 Watch = Callable[[fx.Node, Tensor], None]
@@ -49,9 +50,21 @@ def collect(
         sites: its sites.
         batches: pictures (n, 3, H, W), streamed.
         advance: told the number of pictures done, for a progress bar.
+
+    Raises:
+        ModelError: if a value is not finite; names the layer.
     """
     statistics = {s.value: TensorStatistics(channel_axis=s.channel_axis or None) for s in sites.activations}
-    watcher = Watcher(graph, statistics, lambda node, value: statistics[node.name].update(value))
+
+    def watch(node: fx.Node, value: Tensor) -> None:
+        try:
+            statistics[node.name].update(value)
+        except ValueError as error:
+            where = f"layer {node.meta['module']}" if node.meta.get("module") else node.name
+            raise ModelError(f"In {where}, {error}; check the model's weights and the calibration pictures.") from None
+
+    watcher = Watcher(graph, statistics, watch)
+    watcher.extra_traceback = False  # the message stays the sentence that it is
     with torch.inference_mode():
         for images in batches:
             watcher.run(images)

@@ -74,12 +74,16 @@ class Target:
                 problem = f"{asked.weight_bits}-bit weights"
             elif asked.activation_bits < 32 and asked.activation_bits not in self.activation_bits:
                 problem = f"{asked.activation_bits}-bit activations"
+            elif self.export is not None and (asked.weight_bits < 32) != (asked.activation_bits < 32):
+                # runtimes quantize the other side themselves then, so the simulation would tell something else
+                problem = f"{'weights' if asked.weight_bits < 32 else 'activations'} quantized alone"
             elif asked.weights.scheme == "asymmetric" and not self.asymmetric_weights:
                 problem = "asymmetric weights"
             elif asked.activations.granularity == "per-channel" and not self.per_channel_activations:
                 problem = "per-channel activation scales"
             if problem:
+                where = f"layer {module}" if module else "the outermost module"
                 raise TargetError(
-                    f"Target {self.name} has no integer kernel for {problem}, asked for in layer {module}; change the "
+                    f"Target {self.name} has no integer kernel for {problem}, asked for in {where}; change the "
                     "recipe, leave that layer float with an override, or use target simulate."
                 )

@@ -58,8 +58,11 @@ def export(model: QuantizedModel, path: Path, quantized: bool = True) -> None:
     unsigned = model.recipe.saturation == "unsigned"
     lowering = Lowering(model, quantized=quantized, unsigned_weights=unsigned, target="onnxruntime")
     beside = path.with_name(path.name + ".part")
-    onnx.save(lowering.run(), str(beside))
-    beside.replace(path)
+    try:
+        onnx.save(lowering.run(), str(beside))
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 class OrtSession:
