@@ -10,7 +10,18 @@ from typing import Any
 
 from torch import fx
 
-from qhyvit.graph.ops import add_constant, argument, as_list, aten, constant, insert, is_call, scalar, shape
+from qhyvit.graph.ops import (
+    add_constant,
+    argument,
+    as_list,
+    aten,
+    constant,
+    insert,
+    is_call,
+    scalar,
+    shape,
+    shortens_batch,
+)
 from qhyvit.graph.rewrites import REWRITES
 
 _IDENTITIES = frozenset(
@@ -73,7 +84,8 @@ def _is_identity(node: fx.Node) -> bool:
         return same_shape and not _symbolic(argument(node, "size"))  # else a constant is spread over the batch
     return same_shape and (
         (node.target == aten.reshape.default and len(shape(node)) > 0)
-        or node.target in {aten.slice.Tensor, aten.adaptive_avg_pool2d.default}
+        or node.target == aten.adaptive_avg_pool2d.default
+        or (node.target == aten.slice.Tensor and not shortens_batch(node))
     )
 
 
@@ -105,7 +117,7 @@ def _symbolic(sizes: Any) -> bool:
 
 def canonicalise(graph: fx.GraphModule) -> int:
     """One operator for each meaning: every view is a reshape with literal sizes, every matrix product a matmul."""
-    changed = 0
+    changed = _plain_expansions(graph)
     for node in list(graph.graph.nodes):
         if node.op != "call_function":
             continue
@@ -140,6 +152,19 @@ def _plain_reshape(graph: fx.GraphModule, node: fx.Node) -> int:
         return 0
     node.target, node.args, node.kwargs = aten.reshape.default, (node.args[0], sizes), {}
     return 1
+
+
+def _plain_expansions(graph: fx.GraphModule) -> int:
+    """Where data is expanded, the batch is there already, and its symbolic size becomes -1."""
+    data: set[fx.Node] = set()
+    changed = 0
+    for node in graph.graph.nodes:
+        if node.op == "placeholder" or (node.target != aten.sym_size.int and not data.isdisjoint(node.all_input_nodes)):
+            data.add(node)
+        if is_call(node, aten.expand.default) and node.args[0] in data and _symbolic(argument(node, "size")):
+            node.args = (node.args[0], [-1 if isinstance(s, fx.Node) else s for s in argument(node, "size")])
+            changed += 1
+    return changed
 
 
 def _same_as(target: Any, count: int | None = None) -> Callable[[fx.GraphModule, fx.Node], int]:
@@ -220,7 +245,6 @@ def _plain_padding(graph: fx.GraphModule, node: fx.Node) -> int:
 _PLAIN: dict[Any, Callable[[fx.GraphModule, fx.Node], int]] = {
     **dict.fromkeys((*_RESHAPES, aten.reshape.default), _plain_reshape),
     aten.bmm.default: _same_as(aten.matmul.default),
-    aten.mv.default: _same_as(aten.matmul.default),
     aten._softmax.default: _same_as(aten.softmax.int, 2),
     aten._log_softmax.default: _same_as(aten.log_softmax.int, 2),
     aten.native_layer_norm.default: _plain_layer_norm,

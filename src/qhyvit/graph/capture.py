@@ -13,7 +13,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from qhyvit.errors import CaptureError
 from qhyvit.graph.normalise import normalise
-from qhyvit.graph.ops import KEPT, tidy
+from qhyvit.graph.ops import KEPT, WEIGHTED, argument, tidy
 
 
 def capture(model: nn.Module, example: Tensor, *, passes: bool = True) -> fx.GraphModule:
@@ -52,7 +52,17 @@ def capture(model: nn.Module, example: Tensor, *, passes: bool = True) -> fx.Gra
     graph = _lift(program)
     if passes:
         normalise(graph, example[:1])
+        _refuse_low_precision(graph)
     return graph
+
+
+def _refuse_low_precision(graph: fx.GraphModule) -> None:
+    for node in graph.graph.nodes:
+        if node.meta.get("dtype") in {torch.float16, torch.bfloat16}:
+            raise CaptureError(
+                f"{node.meta.get('module') or 'the model'} computes in {node.meta['dtype']}; switch autocast off and "
+                "call .float() on the model before it is quantized."
+            )
 
 
 def _lift(program: ExportedProgram) -> fx.GraphModule:
@@ -70,7 +80,7 @@ def _lift(program: ExportedProgram) -> fx.GraphModule:
                 values[node] = graph.placeholder("pictures")
                 values[node].meta["module"] = ""
                 continue
-            name = _fresh(root, str(spec.target).replace(".", "_"))
+            name = _fresh(root, str(spec.target))
             root.register_buffer(name, stores[spec.target].detach().clone())  # type: ignore[index]
             values[node] = graph.get_attr(name)
             values[node].meta["module"] = str(spec.target).rpartition(".")[0]
@@ -98,10 +108,13 @@ def _copy(owner: nn.Module, node: fx.Node, graph: fx.Graph, values: dict[fx.Node
         return {node: values[opened][position]}  # type: ignore[index]  # an output of an opened subgraph
     new = graph.node_copy(node, lambda n: values[n])
     new.meta = {"module": _module_name(node)}
+    weight = argument(new, "weight") if new.target in WEIGHTED else None
+    holder = str(weight.meta.get("module", "")) if isinstance(weight, fx.Node) else ""
+    if holder and (not new.meta["module"] or holder.startswith(f"{new.meta['module']}.")):
+        new.meta["module"] = holder  # inside opened regions torch.export loses the inner modules' names
     if node.target == torch.ops.aten.squeeze.default:  # on a batch of one it would take the batch axis too
-        ones = [
-            i for i, size in enumerate(node.all_input_nodes[0].meta["val"].shape) if isinstance(size, int) and size == 1
-        ]
+        sizes = node.all_input_nodes[0].meta["val"].shape
+        ones = [i for i, size in enumerate(sizes) if isinstance(size, int) and size == 1]
         new.target, new.args = torch.ops.aten.squeeze.dims, (new.args[0], ones)
     return {node: new}
 
@@ -126,7 +139,9 @@ def _inline(node: fx.Node, kind: str, graph: fx.Graph, values: dict[fx.Node, Any
 
 
 def _fresh(root: nn.Module, name: str) -> str:
-    """A buffer name not taken yet: `a.b_c` and `a_b.c` both become `a_b_c`."""
+    """A plain buffer name not taken yet: `a.b_c` and `a_b.c` both become `a_b_c`, and `0.weight` has no plain one."""
+    name = "".join(c if c.isalnum() else "_" for c in name)
+    name = name if name.isidentifier() else f"n_{name}"
     fresh, n = name, 0
     while hasattr(root, fresh):
         n += 1

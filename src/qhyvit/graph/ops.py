@@ -146,6 +146,14 @@ def constant(graph: fx.GraphModule, node: object) -> Tensor | None:
     return None
 
 
+def shortens_batch(node: fx.Node) -> bool:
+    """Whether a slice takes some of the first axis, which the shape for one picture cannot tell."""
+    if argument(node, "dim") % len(shape(node)) != 0:
+        return False
+    end = argument(node, "end")
+    return bool(argument(node, "start")) or argument(node, "step") != 1 or not (end is None or end >= 2**31)
+
+
 def scalar(value: object) -> bool:
     """Whether an argument is a plain number."""
     return isinstance(value, int | float) and not isinstance(value, bool)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from qhyvit.graph.ops import add_constant, argument, as_list, aten, constant, insert, shape
+from qhyvit.graph.ops import add_constant, argument, as_list, aten, constant, insert, shape, shortens_batch
 
 # Takes the graph and a node; returns the node that has its value, or None where nothing was changed.
 Rewrite = Callable[[fx.GraphModule, fx.Node], fx.Node | None]
@@ -36,31 +36,12 @@ def _reshape(graph: fx.GraphModule, node: fx.Node, x: fx.Node, sizes: Sequence[i
 def _alpha(graph: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     if argument(node, "alpha") == 1:
         return None
-    scaled = insert(graph, node, aten.mul.Tensor, node.args[1], argument(node, "alpha"))
-    return insert(graph, node, node.target, node.args[0], scaled)
-
-
-@rewrites(aten.rsub.Scalar, aten.rsub.Tensor)
-def _rsub(graph: fx.GraphModule, node: fx.Node) -> fx.Node:
-    negative = insert(graph, node, aten.mul.Tensor, node.args[0], -argument(node, "alpha"))
-    return insert(graph, node, aten.add.Tensor, negative, node.args[1])
-
-
-@rewrites(aten.addcmul.default)
-def _addcmul(graph: fx.GraphModule, node: fx.Node) -> fx.Node:
-    product = insert(graph, node, aten.mul.Tensor, node.args[1], node.args[2])
-    if argument(node, "value") != 1:
-        product = insert(graph, node, aten.mul.Tensor, product, argument(node, "value"))
-    return insert(graph, node, aten.add.Tensor, product, node.args[0])
-
-
-@rewrites(aten.baddbmm.default)
-def _baddbmm(graph: fx.GraphModule, node: fx.Node) -> fx.Node:
-    bias, a, b = node.args[:3]
-    product = insert(graph, node, aten.matmul.default, a, b)
-    product = insert(graph, node, aten.mul.Tensor, product, argument(node, "alpha"))
-    bias = insert(graph, node, aten.mul.Tensor, bias, argument(node, "beta"))
-    return insert(graph, node, aten.add.Tensor, product, bias)
+    x, other = node.args
+    if isinstance(other, fx.Node):
+        scaled: Any = insert(graph, node, aten.mul.Tensor, other, argument(node, "alpha"))
+    else:
+        scaled = other * argument(node, "alpha")
+    return insert(graph, node, node.target, x, scaled)
 
 
 @rewrites(aten.var_mean.correction)
@@ -100,23 +81,11 @@ def _copy(graph: fx.GraphModule, node: fx.Node) -> fx.Node | None:
 @rewrites(aten.slice_scatter.default)
 def _slice_scatter(graph: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     base, source = node.args[:2]
-    axis, step = argument(node, "dim") % len(shape(node)), argument(node, "step")
-    total = shape(node)[axis]
-    if step != 1 or axis == 0:
-        return source if shape(source) == shape(node) else None  # type: ignore[arg-type,return-value]
-    start, end, _ = slice(argument(node, "start"), argument(node, "end")).indices(total)
-    return _splice(graph, node, base, source, (axis, start, end))
-
-
-@rewrites(aten.select_scatter.default)
-def _select_scatter(graph: fx.GraphModule, node: fx.Node) -> fx.Node | None:
-    base, source = node.args[:2]
     axis = argument(node, "dim") % len(shape(node))
-    index = argument(node, "index") % shape(node)[axis]
-    if axis == 0:
+    if argument(node, "step") != 1 or shortens_batch(node):
         return None
-    source = insert(graph, node, aten.unsqueeze.default, source, axis)
-    return _splice(graph, node, base, source, (axis, index, index + 1))
+    start, end, _ = slice(argument(node, "start"), argument(node, "end")).indices(shape(node)[axis])
+    return _splice(graph, node, base, source, (axis, start, end))
 
 
 def _splice(graph: fx.GraphModule, node: fx.Node, base: Any, source: Any, where: tuple[int, int, int]) -> fx.Node:
@@ -128,21 +97,6 @@ def _splice(graph: fx.GraphModule, node: fx.Node, base: Any, source: Any, where:
     if end < shape(node)[axis]:
         parts.append(insert(graph, node, aten.slice.Tensor, base, axis, end, shape(node)[axis]))
     return source if len(parts) == 1 else insert(graph, node, aten.cat.default, parts, axis)
-
-
-@rewrites(aten.repeat_interleave.self_int)
-def _repeat_interleave(graph: fx.GraphModule, node: fx.Node) -> fx.Node | None:
-    x, axis, times = node.args[0], argument(node, "dim"), argument(node, "repeats")
-    assert isinstance(x, fx.Node)
-    size = shape(x)
-    if axis is None or axis % len(size) == 0 or not isinstance(times, int):
-        return None
-    axis %= len(size)
-    spread = insert(graph, node, aten.unsqueeze.default, x, axis + 1)
-    sizes = [-1] * (len(size) + 1)
-    sizes[axis + 1] = times
-    spread = insert(graph, node, aten.expand.default, spread, sizes)
-    return _reshape(graph, node, spread, shape(node))
 
 
 @rewrites(aten.index.Tensor)
@@ -257,7 +211,7 @@ def _adaptive_max_pool(graph: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     return node
 
 
-@rewrites(aten.channel_shuffle.default, aten.native_channel_shuffle.default)
+@rewrites(aten.channel_shuffle.default)
 def _channel_shuffle(graph: fx.GraphModule, node: fx.Node) -> fx.Node:
     groups, (_, channels, *rest) = argument(node, "groups"), shape(node)
     split = _reshape(graph, node, node.args[0], [1, groups, channels // groups, *rest])  # type: ignore[arg-type]

@@ -189,3 +189,16 @@ def _already(node: fx.Node, readers: dict[fx.Node, list[fx.Node]]) -> bool:
     if source in readers:
         return node in readers[source]
     return is_call(source, LAYOUT) and _already(source, readers)
+
+
+def source_site(sites: Sites, node: fx.Node, position: int) -> str | None:
+    """Name of the activation site whose codes reach an operand of `node` through layout operators, or None."""
+    readers = {s.value: s.readers for s in sites.activations}
+    reader, operand = node, node.args[position]
+    while isinstance(operand, fx.Node):
+        if reader.name in readers.get(operand.name, ()):
+            return operand.name
+        if not is_call(operand, LAYOUT):
+            return None
+        reader, operand = operand, operand.args[0]
+    return None

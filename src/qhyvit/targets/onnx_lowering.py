@@ -29,7 +29,7 @@ from qhyvit.graph.ops import (
     weight_of,
 )
 from qhyvit.quantized import QuantizedModel, integer_bias
-from qhyvit.targets import onnx_layout, onnx_spatial  # noqa: F401  (register their lowerings)
+from qhyvit.targets import onnx_layout, onnx_norms, onnx_spatial  # noqa: F401  (they register lowerings)
 from qhyvit.targets.onnx_builder import Builder, Value, no_lowering
 from qhyvit.targets.onnx_ops import LOWERINGS
 
