@@ -57,6 +57,11 @@ def test_every_pass_keeps_the_float_output_and_finds_work(position: int) -> None
     assert difference(model, graph, x) <= 1e-10
 
 
+def test_captured_in_float32() -> None:
+    model = randomise(Block())
+    assert difference(model, capture(model, pictures(2, (3, 8, 8))), pictures(3, (3, 8, 8))) <= 1e-5
+
+
 def test_normalising_twice_changes_nothing() -> None:
     graph = captured(Block())
     before = kinds(graph)

@@ -213,16 +213,26 @@ def _only_first_output(node: fx.Node, target: Any, args: tuple[Any, ...]) -> int
 
 def _plain_linear(graph: fx.GraphModule, node: fx.Node) -> int:
     """addmm(bias, x, Wᵀ) and mm(x, Wᵀ) with a constant W become linear(x, W, bias)."""
-    bias, x, weight = node.args if node.target == aten.addmm.default else (None, *node.args)
+    old = node.target
+    bias, x, weight = node.args if old == aten.addmm.default else (None, *node.args)
     value = constant(graph, weight)
     if node.kwargs or (value is None and bias is not None):
         return 0
     if value is None:
         node.target = aten.matmul.default
-        return 1
+        return int(node.target != old)
     transposed = add_constant(graph, f"{node.name}_weight", value.t().contiguous(), node)
     node.target, node.args = aten.linear.default, (x, transposed, bias)
     return 1
+
+
+def _linear_by_constant(graph: fx.GraphModule, node: fx.Node) -> int:
+    """A product with a constant matrix is a linear, whose matrix is a weight."""
+    x, matrix = node.args
+    value = constant(graph, matrix)
+    if value is None or value.ndim != 2 or constant(graph, x) is not None:
+        return 0
+    return _plain_linear(graph, node)
 
 
 def _plain_padding(graph: fx.GraphModule, node: fx.Node) -> int:
@@ -254,6 +264,7 @@ _PLAIN: dict[Any, Callable[[fx.GraphModule, fx.Node], int]] = {
     aten.min.dim: _plain_extreme(aten.amin.default),
     aten.addmm.default: _plain_linear,
     aten.mm.default: _plain_linear,
+    aten.matmul.default: _linear_by_constant,
     aten.conv2d.padding: _plain_padding,
 }
 

@@ -45,6 +45,22 @@ LAYOUT: frozenset[Target] = frozenset(
     }
 )
 
+# Elementwise activation functions of one operand.
+ACTIVATIONS: frozenset[Target] = frozenset(
+    {
+        aten.gelu.default,
+        aten.hardsigmoid.default,
+        aten.hardswish.default,
+        aten.hardtanh.default,
+        aten.leaky_relu.default,
+        aten.relu.default,
+        aten.relu6.default,
+        aten.sigmoid.default,
+        aten.silu.default,
+        aten.tanh.default,
+    }
+)
+
 # Means over positions: they keep a channel's scale and offset.
 AVERAGING: frozenset[Target] = frozenset({aten.mean.dim, aten.adaptive_avg_pool2d.default})
 
@@ -59,6 +75,7 @@ KEPT: frozenset[Target] = (
         {
             aten._native_batch_norm_legit_no_training.default,
             aten._unsafe_view.default,
+            aten._upsample_bicubic2d_aa.default,
             aten._upsample_bilinear2d_aa.default,
             aten.alias.default,
             aten.avg_pool2d.default,

@@ -39,6 +39,9 @@ _BIJECTIVE = frozenset(
 )
 
 
+_MASK = -50.0  # exp(-50) is nothing beside 1; Swin masks with -100
+
+
 @dataclass(frozen=True)
 class WeightSite:
     """The weight of one convolution or linear.
@@ -102,7 +105,8 @@ def place(
 
     Args:
         graph: a captured graph.
-        scope: "partial": weights and inputs of convolution, linear and matmul; "full": also every other value.
+        scope: "partial": weights and inputs of convolution, linear and matmul; "full": also every other value, save
+            scores under a mask, whose range says nothing; they are quantized before the mask.
         is_float: whether the recipe leaves the layer of this module name in float.
         quantized_outputs: kinds of operators ("conv", "linear", "matmul", "add", …) whose output the target needs
             quantized to run them in integers.
@@ -180,7 +184,15 @@ def _needs_output(graph: fx.GraphModule, node: fx.Node, scope: str, outputs: fro
         return False
     if node.op == "call_function" and kind_of(node) in outputs:
         return True
-    return scope == "full" and not is_call(node, LAYOUT)
+    return scope == "full" and not is_call(node, LAYOUT) and not _is_masked(graph, node)
+
+
+def _is_masked(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a constant of -∞, or of numbers that softmax makes zero, is added or chosen."""
+    if not is_call(node, frozenset({aten.add.Tensor, aten.where.self})):
+        return False
+    constants = [constant(graph, operand) for operand in node.all_input_nodes]
+    return any(c is not None and c.is_floating_point() and float(c.min()) <= _MASK for c in constants)
 
 
 def _already(node: fx.Node, readers: dict[fx.Node, list[fx.Node]]) -> bool:

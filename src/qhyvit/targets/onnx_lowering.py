@@ -28,6 +28,7 @@ from qhyvit.graph.ops import (
     shape,
     weight_of,
 )
+from qhyvit.graph.shapes import batch_axes
 from qhyvit.quantized import QuantizedModel, integer_bias
 from qhyvit.targets import onnx_layout, onnx_norms, onnx_spatial  # noqa: F401  (they register lowerings)
 from qhyvit.targets.onnx_builder import Builder, Value, no_lowering
@@ -69,6 +70,7 @@ class Lowering:
         self.codes: dict[fx.Node, Value] = {}  # what the readers of a site see
         self._reshaped: dict[tuple[str, bool], str] = {}
         self._is_flat = False  # whether the node at hand is lowered in flat form
+        self._batch_axes = batch_axes(self.graph)
         sites = model.sites.activations if quantized else ()
         self.sites = {s.value: s for s in sites}
         self.weights = {s.node for s in model.sites.weights} if quantized else set()
@@ -143,6 +145,7 @@ class Lowering:
                 inputs.append(helper.make_tensor_value_info(self.b.fresh(node.name), TensorProto.FLOAT, size))
                 self._store(node, Value(node.name))
             elif node.op == "output":
+                self._is_flat = False
                 logits = node.args[0]
                 name = self.b.op("Identity", self.value(logits), hint="logits")
                 size = ["N", *shape(logits)[1:]]
@@ -152,6 +155,7 @@ class Lowering:
         return self.b.model(inputs, outputs, PRODUCER)
 
     def _lower(self, node: fx.Node) -> Any:
+        self._is_flat = False
         if is_call(node, WEIGHTED | TRANSPOSED):
             return self._weighted(node)
         lowering = LOWERINGS.get(node.target)
@@ -221,8 +225,9 @@ class Lowering:
         assert isinstance(source, fx.Node)
         linear = is_call(node, aten.linear.default)
         x = self._seen(node, source)
+        flat = linear and self._batch_axes.get(source) == 0  # the full form is found again from the other axes
         if source.op != "get_attr":
-            x = self._flat(x, source) if linear else self._full(x, source)
+            x = self._flat(x, source) if flat else self._full(x, source)
         data = self.b.dequantize(x) if x.quantizer is not None else x.name
         weight, bias = self._weights(node, transpose=linear)
         operands = [data, weight] + ([bias] if bias else [])
@@ -230,6 +235,9 @@ class Lowering:
             transposed = is_call(node, TRANSPOSED)
             kind = "ConvTranspose" if transposed else "Conv"
             return Value(self.op(kind, *operands, **_conv_attributes(node, transposed)))
+        if not flat:
+            product = self.op("MatMul", data, weight)
+            return Value(self.op("Add", product, bias) if bias else product)
         return Value(self.op("Gemm", *operands), flat=len(shape(node)) != 2)
 
     def _weights(self, node: fx.Node, transpose: bool) -> tuple[str, str | None]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import fx
+from torch.nn import functional as F
 
 from qhyvit.errors import TargetError
 from qhyvit.graph.ops import argument, as_list, aten, shape
@@ -39,29 +41,39 @@ def _averages(size: int, wanted: int) -> NDArray[np.float32]:
 
 
 def _pool_attributes(node: fx.Node) -> dict[str, Any]:
+    """Attributes of a pool; sizes that torch rounds up become padding at the end, as ONNX rounds by another rule."""
     n = len(shape(node)) - 2
     kernel = as_list(argument(node, "kernel_size"), n)
-    stride = argument(node, "stride")
-    return {
-        "kernel_shape": kernel,
-        "strides": as_list(stride, n) if stride else kernel,
-        "pads": as_list(argument(node, "padding", 0), n) * 2,
-        "ceil_mode": int(bool(argument(node, "ceil_mode"))),
-    }
+    strides = as_list(argument(node, "stride") or kernel, n)
+    before = as_list(argument(node, "padding", 0), n)
+    after = list(before)
+    if argument(node, "ceil_mode"):
+        sizes = zip(shape(node)[2:], shape(node.args[0])[2:], strict=True)  # type: ignore[arg-type]
+        reach = [d * (k - 1) + 1 for d, k in zip(_dilations(node, n), kernel, strict=True)]
+        for i, (new, old) in enumerate(sizes):
+            after[i] = max(0, (new - 1) * strides[i] + reach[i] - old - before[i])
+    return {"kernel_shape": kernel, "strides": strides, "pads": before + after}
+
+
+def _dilations(node: fx.Node, n: int) -> list[int]:
+    return as_list(argument(node, "dilation", 1), n)
 
 
 @lowers(aten.avg_pool1d.default, aten.avg_pool2d.default)
 def _avg_pool(g: Lowering, node: fx.Node) -> Any:
     if argument(node, "divisor_override") is not None:
         raise TargetError(f"{node.meta.get('module')}: average pooling with a divisor of its own has no ONNX form.")
-    include = int(bool(argument(node, "count_include_pad")))
-    return g.op("AveragePool", g.x(node, 0), count_include_pad=include, **_pool_attributes(node))
+    attributes, x, n = _pool_attributes(node), g.x(node, 0), len(shape(node)) - 2
+    pads = as_list(argument(node, "padding", 0), n)
+    if argument(node, "count_include_pad") and any(pads):  # zeros that count; what rounding up adds does not
+        x = g.op("Pad", x, g.b.ints(0, 0, *pads, 0, 0, *pads))
+        attributes["pads"] = [0] * n + [max(0, a - p) for a, p in zip(attributes["pads"][n:], pads, strict=True)]
+    return g.op("AveragePool", x, **attributes)
 
 
 @lowers(aten.max_pool2d.default)
 def _max_pool(g: Lowering, node: fx.Node) -> Any:
-    dilations = as_list(argument(node, "dilation", 1), 2)
-    return g.op("MaxPool", g.x(node, 0), dilations=dilations, **_pool_attributes(node))
+    return g.op("MaxPool", g.x(node, 0), dilations=_dilations(node, 2), **_pool_attributes(node))
 
 
 def _resize(mode: str, coordinates: str = "half_pixel", **attributes: Any) -> Lower:
@@ -100,11 +112,24 @@ LOWERINGS.update(
         aten._upsample_nearest_exact2d.default: _EXACT,
         aten.upsample_bilinear2d.vec: _LINEAR,
         aten.upsample_bilinear2d.default: _LINEAR,
-        aten._upsample_bilinear2d_aa.default: _resize("linear", antialias=1),
         aten.upsample_bicubic2d.vec: _CUBIC,
         aten.upsample_bicubic2d.default: _CUBIC,
     }
 )
+
+
+@lowers(aten._upsample_bilinear2d_aa.default, aten._upsample_bicubic2d_aa.default)
+def _antialiased(g: Lowering, node: fx.Node) -> Any:
+    """A product per axis with torch's own weights: ONNX Runtime's antialiasing weighs the borders otherwise."""
+    size, wanted = shape(node.args[0])[2:], shape(node)[2:]  # type: ignore[arg-type]
+    mode = "bicubic" if node.target == aten._upsample_bicubic2d_aa.default else "bilinear"
+    corners = bool(argument(node, "align_corners"))
+    weights = []
+    for old, new in zip(size, wanted, strict=True):
+        unit = torch.eye(old)[None, None]
+        weights.append(F.interpolate(unit, (new, old), mode=mode, align_corners=corners, antialias=True)[0, 0])
+    rows = g.op("MatMul", g.b.constant(weights[0], "weights"), g.x(node, 0))
+    return g.op("MatMul", rows, g.b.constant(weights[1].t(), "weights"))
 
 
 @lowers(aten.constant_pad_nd.default, aten.pad.default)
