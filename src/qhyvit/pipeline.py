@@ -71,20 +71,24 @@ def quantize(
 
     torch.manual_seed(recipe.seed)
     graph = capture(loaded.module, torch.zeros(1, *preprocessing.input_size))
-    sites = _wanted(
-        place(
-            graph,
-            scope=recipe.scope,
-            is_float=lambda module: min(_bits(recipe, module)) >= 32,
-            quantized_outputs=target.quantized_outputs,
-        ),
-        recipe,
-    )
+
+    def find_sites(captured: fx.GraphModule) -> Sites:
+        return _wanted(
+            place(
+                captured,
+                scope=recipe.scope,
+                is_float=lambda module: min(_bits(recipe, module)) >= 32,
+                quantized_outputs=target.quantized_outputs,
+            ),
+            recipe,
+        )
+
+    sites = find_sites(graph)
     target.check(recipe, sites.modules())
     _check_overrides(recipe, [str(n.meta.get("module", "")) for n in graph.graph.nodes])
     _check_weights(graph, sites)
     pictures = _pictures(recipe.calibration.source if calib is None else calib, loaded, recipe, preprocessing)
-    problem = Problem(graph, sites, recipe, pictures.stream, pictures.count)
+    problem = Problem(graph, sites, recipe, pictures.stream, pictures.count, find_sites)
     parameters = method(problem)
     parameters.notes += pictures.notes()
     info = {
@@ -96,7 +100,8 @@ def quantize(
         "preprocessing": preprocessing.to_dict(),
         "calibration": {"source": pictures.source, "pictures": pictures.read},
     }
-    quantized = QuantizedModel(graph, sites, parameters, recipe, info, target.integer_bias)
+    quantized = QuantizedModel(graph, problem.sites, parameters, recipe, info, target.integer_bias)
+    target.settle(quantized)
     if recipe.bias_correction:
         correct_biases(quantized, pictures.stream(), pictures.count)
     return quantized

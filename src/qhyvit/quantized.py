@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from qhyvit.graph.ops import LAYOUT, MATMUL, channel_axis, is_call, set_weight, tidy, weight_of
-from qhyvit.graph.sites import Sites
+from qhyvit.graph.ops import MATMUL, channel_axis, is_call, set_weight, tidy, weight_of
+from qhyvit.graph.sites import Sites, source_site
 from qhyvit.integer import IntegerProduct
 from qhyvit.quantizers.uniform import UniformAffine
 from qhyvit.recipe import Recipe
@@ -88,15 +88,7 @@ class QuantizedModel:
 
     def input_site(self, node: fx.Node, position: int) -> str | None:
         """Name of the activation site whose codes reach an operand through layout operators, or None."""
-        readers = {s.value: s.readers for s in self.sites.activations}
-        reader, operand = node, node.args[position]
-        while isinstance(operand, fx.Node):
-            if reader.name in readers.get(operand.name, ()):
-                return operand.name
-            if not is_call(operand, LAYOUT):
-                return None
-            reader, operand = operand, operand.args[0]
-        return None
+        return source_site(self.sites, node, position)
 
     def simulation(self, *, integer: bool = True) -> fx.GraphModule:
         """The graph with fake quantization at every site.

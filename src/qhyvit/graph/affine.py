@@ -105,7 +105,7 @@ def _fold_down(graph: fx.GraphModule, node: fx.Node, affine: _Affine) -> bool:
     readers = None if axis is None else consumers(graph, node, axis)
     if axis is None or readers is None:
         return False
-    if affine.offset is not None and any(_padded(reader) for reader, _ in readers):
+    if affine.offset is not None and any(is_padded(reader) for reader, _ in readers):
         return False
     value = affine.factor if affine.factor is not None else affine.offset
     assert value is not None
@@ -113,7 +113,7 @@ def _fold_down(graph: fx.GraphModule, node: fx.Node, affine: _Affine) -> bool:
     flat = value.expand(size).movedim(axis, 0).reshape(size[axis], -1)[:, 0]
     for reader, index in readers:
         weight, bias = weight_of(graph, reader)  # type: ignore[misc]
-        per_input = _grouped(flat[index], weight, argument(reader, "groups", 1) or 1)
+        per_input = per_input_channel(flat[index], weight, argument(reader, "groups", 1) or 1)
         if affine.factor is not None:
             set_weight(graph, reader, weight * per_input, bias)
         else:
@@ -134,14 +134,15 @@ def _channel_axis(node: fx.Node, affine: _Affine) -> int | None:
     return varying[0] if len(varying) == 1 and varying[0] > 0 else None
 
 
-def _grouped(values: Tensor, weight: Tensor, groups: int) -> Tensor:
+def per_input_channel(values: Tensor, weight: Tensor, groups: int) -> Tensor:
     """Per-input-channel values (C_in,) in the shape of a weight (C_out, C_in / groups, 1, …)."""
     each = weight.shape[0] // groups
     rows = values.view(groups, -1).repeat_interleave(each, 0)
     return rows.view(weight.shape[0], -1, *[1] * (weight.ndim - 2))
 
 
-def _padded(node: fx.Node) -> bool:
+def is_padded(node: fx.Node) -> bool:
+    """Whether a layer reads zeros from outside its input."""
     return is_call(node, CONVOLUTIONS) and any(as_list(argument(node, "padding", 0), len(shape(node)) - 2))
 
 

@@ -7,6 +7,7 @@ and slices, without a rule per operator.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -75,8 +76,16 @@ def _tensors(value: Any) -> list[Tensor]:
     return [value] if isinstance(value, Tensor) else list(value)
 
 
-def consumers(graph: fx.GraphModule, value: fx.Node, axis: int) -> list[tuple[fx.Node, Tensor]] | None:
+def consumers(
+    graph: fx.GraphModule, value: fx.Node, axis: int, readers: Collection[str] | None = None
+) -> list[tuple[fx.Node, Tensor]] | None:
     """All convolutions and linears that read the channels of `value` through layout operators and means.
+
+    Args:
+        graph: float graph.
+        value: any node.
+        axis: its channel axis.
+        readers: names of the direct readers to follow; None: all.
 
     Returns:
         Each with the channel of `value` (axis `axis`) behind each of its input channels, shape (C_in,); None where
@@ -87,6 +96,8 @@ def consumers(graph: fx.GraphModule, value: fx.Node, axis: int) -> list[tuple[fx
     while pending:
         node, index = pending.pop()
         for user in node.users:
+            if node is value and readers is not None and user.name not in readers:
+                continue
             if is_call(user, LAYOUT | AVERAGING) and user.args[0] is node:
                 out = _apply(user, index)
                 if out is None or (is_call(user, AVERAGING) and _mixes(user, index, out)):

@@ -1,6 +1,6 @@
 """Methods by name. A new one is a file here and a line below."""
 
-from qhyvit.methods import ranges
+from qhyvit.methods import qhyvit, ranges
 from qhyvit.methods.base import Method, Problem
 from qhyvit.registry import Registry
 
@@ -10,5 +10,6 @@ METHODS.register("minmax")(ranges.minmax)
 METHODS.register("percentile")(ranges.percentile)
 METHODS.register("mse")(ranges.mse)
 METHODS.register("kl")(ranges.kl)
+METHODS.register("qhyvit")(qhyvit.qhyvit)
 
 __all__ = ["METHODS", "Method", "Problem"]

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from qhyvit.calibration.collect import collect
 from qhyvit.calibration.statistics import TensorStatistics
+from qhyvit.graph.shapes import infer
 from qhyvit.graph.sites import ActivationSite, Sites, WeightSite
 from qhyvit.progress import task
 from qhyvit.quantized import Parameters
@@ -27,6 +28,7 @@ class Problem:
         recipe: bits, schemes, options, seed.
         pictures: call it for a fresh stream of calibration batches (n, 3, H, W), the same ones each time.
         picture_count: how many pictures a stream holds.
+        place: finds the sites of a graph, as recipe and target want them.
     """
 
     graph: fx.GraphModule
@@ -34,6 +36,13 @@ class Problem:
     recipe: Recipe
     pictures: Callable[[], Iterator[Tensor]]
     picture_count: int
+    place: Callable[[fx.GraphModule], Sites]
+
+    def refresh(self) -> None:
+        """Find sites and statistics again after a change of the graph."""
+        infer(self.graph, next(self.pictures())[:1])
+        self.sites = self.place(self.graph)
+        self.__dict__.pop("statistics", None)
 
     @cached_property
     def statistics(self) -> dict[str, TensorStatistics]:

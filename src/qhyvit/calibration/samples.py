@@ -1,0 +1,153 @@
+"""A sample of what each operator computes in the float network, weighted by squared gradients.
+
+The search needs the inputs and outputs of a layer at some positions, not at all of them: memory stays below
+positions × (K + 2·C_out) numbers per layer whatever the number of pictures. Positions are drawn with probability
+½ uniform + ½ ∝ Σ_o g², weights corrected so that sums stay unbiased; positions that hold the extremes of the input are
+always taken, because that is where clipping shows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional as F
+
+from qhyvit.graph.ops import LINEAR, argument, as_list, is_call, weight_of
+
+EXTREMES = 4  # positions taken for their input in every batch
+
+
+@dataclass
+class LayerSample:
+    """One convolution or linear at M positions, as a grouped matrix product.
+
+    Attributes:
+        x: inputs (M, groups, K), K = C_in / groups × kernel size, channel-major.
+        y: float outputs (M, groups, C_out / groups).
+        weight: importance × g² (M, groups, C_out / groups), mean 1.
+    """
+
+    x: Tensor
+    y: Tensor
+    weight: Tensor
+
+
+@dataclass
+class ProductSample:
+    """A matmul of activations on S slices (one head of one picture each).
+
+    Attributes:
+        a, b: operands (S, n, k), (S, k, m).
+        y: float product (S, n, m).
+        weight: g² (S, n, m), mean 1.
+    """
+
+    a: Tensor
+    b: Tensor
+    y: Tensor
+    weight: Tensor
+
+
+@dataclass
+class ValueSample:
+    """Single numbers of a value (M,) and their weights importance × g² (M,), mean 1."""
+
+    x: Tensor
+    weight: Tensor
+
+
+def normalised(weight: Tensor) -> Tensor:
+    """Weights with mean 1; all ones where they are all zero (a value that the loss does not see)."""
+    mean = weight.mean()
+    return weight / mean if bool(mean > 0) else torch.ones_like(weight)
+
+
+def positions(score: Tensor, extremes: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draw positions.
+
+    Args:
+        score: Σ_o g² at every position (P,).
+        extremes: largest |input| seen at every position (P,).
+        count: how many to draw, beside the extremes.
+        generator: seeded.
+
+    Returns:
+        Indices and importance weights.
+    """
+    total = score.sum()
+    share = score / total if bool(total > 0) else torch.full_like(score, 1 / len(score))
+    probability = (0.5 * share + 0.5 / len(score)).cpu()
+    drawn = torch.multinomial(probability, count, replacement=True, generator=generator)
+    top = torch.topk(extremes, min(EXTREMES, len(extremes))).indices.cpu()
+    importance = torch.cat([1 / (count * probability[drawn]), torch.ones(len(top))])
+    return torch.cat([drawn, top]), importance
+
+
+def sample_layer(
+    graph: fx.GraphModule, node: fx.Node, x: Tensor, y: Tensor, g: Tensor | None, count: int, gen: torch.Generator
+) -> LayerSample:
+    """Sample one batch of a convolution's or linear's input `x`, output `y` and output gradient `g` (None: ones)."""
+    found = weight_of(graph, node)
+    assert found is not None
+    weight, groups = found[0], argument(node, "groups", 1) or 1
+    linear = is_call(node, LINEAR)
+    rows = y.reshape(-1, y.shape[-1]) if linear else y.movedim(1, -1).reshape(-1, y.shape[1])
+    if g is None:
+        square = torch.ones_like(rows)
+    else:
+        square = (g.reshape(rows.shape) if linear else g.movedim(1, -1).reshape(rows.shape)).square()
+    if linear:
+        flat = x.reshape(-1, x.shape[-1])
+        index, importance = positions(square.sum(1), flat.abs().amax(1), count, gen)
+        inputs = flat[index]
+    else:
+        reach = F.adaptive_max_pool2d(x.abs().amax(1, keepdim=True), y.shape[2:]).flatten()
+        index, importance = positions(square.sum(1), reach, count, gen)
+        inputs = _patches(node, x, weight.shape[2:], index, y.shape)
+    m = len(index)
+    return LayerSample(
+        inputs.reshape(m, groups, -1),
+        rows[index].view(m, groups, -1),
+        (square[index] * importance[:, None].to(square)).view(m, groups, -1),
+    )
+
+
+def _patches(node: fx.Node, x: Tensor, kernel: torch.Size, index: Tensor, out: torch.Size) -> Tensor:
+    """Input patches (M, C_in, kernel positions) behind flat output positions of a 2-D convolution."""
+    stride, padding, dilation = (
+        as_list(argument(node, n, d), 2) for n, d in (("stride", 1), ("padding", 0), ("dilation", 1))
+    )
+    padded = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
+    height, width = out[2], out[3]
+    batch, row, column = index // (height * width), index // width % height, index % width
+    rows = (row * stride[0])[:, None] + torch.arange(kernel[0]) * dilation[0]
+    columns = (column * stride[1])[:, None] + torch.arange(kernel[1]) * dilation[1]
+    channels = torch.arange(x.shape[1])
+    return padded[
+        batch[:, None, None, None], channels[None, :, None, None], rows[:, None, :, None], columns[:, None, None, :]
+    ].flatten(2)
+
+
+def sample_product(
+    a: Tensor, b: Tensor, y: Tensor, g: Tensor | None, count: int, rows: int, gen: torch.Generator
+) -> ProductSample:
+    """Sample `count` slices of a batched matmul, and at most `rows` rows of each."""
+    leading = y.shape[:-2]
+    a, b = a.expand(*leading, *a.shape[-2:]).flatten(0, -3), b.expand(*leading, *b.shape[-2:]).flatten(0, -3)
+    y, g = y.flatten(0, -3), torch.ones_like(y).flatten(0, -3) if g is None else g.flatten(0, -3)
+    pick = torch.randperm(len(y), generator=gen)[:count]
+    row = torch.randperm(y.shape[1], generator=gen)[:rows]
+    return ProductSample(a[pick][:, row], b[pick], y[pick][:, row], g[pick][:, row].square())
+
+
+def sample_value(x: Tensor, g: Tensor | None, count: int, gen: torch.Generator) -> ValueSample:
+    """Sample single numbers of a value, its extremes among them."""
+    x = x.flatten()
+    g = torch.ones_like(x) if g is None else g.flatten()
+    index = torch.randint(len(x), (count,), generator=gen)
+    index = torch.cat([index, x.argmin().view(1), x.argmax().view(1)])
+    importance = torch.full((len(index),), len(x) / count)
+    importance[-2:] = 1
+    return ValueSample(x[index], g[index].square() * importance)

@@ -1,0 +1,116 @@
+"""Shifting and scaling the channels of a value, exactly: x' = (x - m) / t for its readers, W·t and W·m in the layers.
+
+With one scale per tensor on x', channel c of x has the scale t_c·s and the offset m_c: per-channel granularity, and no
+zero point that overflows, on a runtime that knows neither. Where the producer is a convolution, linear or norm, m
+and t disappear into it and cost nothing at run time; else one subtraction and one multiplication remain. (Channel
+migration and shifting: Trio-ViT, arXiv 2405.03882; SmoothQuant, arXiv 2211.10438.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor, fx
+
+from qhyvit.graph.affine import is_padded, per_input_channel
+from qhyvit.graph.channels import consumers
+from qhyvit.graph.ops import (
+    WEIGHTED,
+    add_constant,
+    argument,
+    aten,
+    channel_axis,
+    constant,
+    is_call,
+    set_weight,
+    shape,
+    weight_of,
+)
+
+
+def foldable(graph: fx.GraphModule, value: fx.Node, axis: int, readers: Collection[str]) -> bool:
+    """Whether factors and offsets of a value disappear into its producer: a layer or norm that nobody else reads."""
+    if any(user.name not in readers for user in value.users):
+        return False
+    if is_call(value, WEIGHTED):
+        return weight_of(graph, value) is not None and axis == channel_axis(value)
+    if value.target == aten.layer_norm.default:
+        return len(argument(value, "normalized_shape")) == 1 and axis == len(shape(value)) - 1
+    return value.target == aten.group_norm.default and axis == 1
+
+
+def shiftable(graph: fx.GraphModule, value: fx.Node, axis: int, readers: Collection[str]) -> bool:
+    """Whether an offset is exact: no layer behind pads with zeros, which would have to become -m / t."""
+    layers = consumers(graph, value, axis, readers)
+    return layers is not None and not any(is_padded(layer) for layer, _ in layers)
+
+
+def balance(
+    graph: fx.GraphModule, value: fx.Node, axis: int, readers: Collection[str], factor: Tensor, offset: Tensor
+) -> fx.Node:
+    """Rewrite the graph so that `readers` see (value - offset) / factor and the layers behind them undo it.
+
+    Args:
+        graph: float graph, changed in place; its output stays the same.
+        value: the node whose channels are changed.
+        axis: its channel axis.
+        readers: names of direct readers that shall see the changed value.
+        factor: t > 0, (C,).
+        offset: m, (C,).
+
+    Returns:
+        The node that now holds the changed value; `value` itself where all was folded into its producer.
+
+    Raises:
+        ValueError: if a reader leads to something else than layers, or an offset meets zero padding.
+    """
+    layers = consumers(graph, value, axis, readers)
+    shifted = bool(offset.any())
+    if layers is None or (shifted and not shiftable(graph, value, axis, readers)):
+        raise ValueError(f"{value.name} cannot be balanced")
+    for layer, index in layers:
+        weight, bias = weight_of(graph, layer)  # type: ignore[misc]
+        groups = argument(layer, "groups", 1) or 1
+        if shifted:
+            moved = (weight * per_input_channel(offset[index], weight, groups)).flatten(1).sum(1)
+            bias = moved if bias is None else bias + moved
+        set_weight(graph, layer, weight * per_input_channel(factor[index], weight, groups), bias)
+    if foldable(graph, value, axis, readers):
+        _into_producer(graph, value, factor, offset)
+        return value
+    return _explicit(graph, value, axis, readers, factor, offset if shifted else None)
+
+
+def _into_producer(graph: fx.GraphModule, value: fx.Node, factor: Tensor, offset: Tensor) -> None:
+    if is_call(value, WEIGHTED):
+        weight, bias = weight_of(graph, value)  # type: ignore[misc]
+        bias = torch.zeros_like(offset) if bias is None else bias
+        spread = factor.view(-1, *[1] * (weight.ndim - 1))
+        set_weight(graph, value, weight / spread, (bias - offset) / factor)
+        return
+    gamma, beta = (constant(graph, argument(value, name)) for name in ("weight", "bias"))
+    gamma = torch.ones_like(factor) if gamma is None else gamma
+    beta = torch.zeros_like(offset) if beta is None else beta
+    set_weight(graph, value, gamma / factor, (beta - offset) / factor)
+
+
+def _explicit(
+    graph: fx.GraphModule, value: fx.Node, axis: int, readers: Collection[str], factor: Tensor, offset: Tensor | None
+) -> fx.Node:
+    size = [1] * len(shape(value))
+    size[axis] = -1
+    size = size[1:]
+    chosen, out = [user for user in value.users if user.name in readers], value
+    for target, change in ((aten.sub.Tensor, offset), (aten.mul.Tensor, 1 / factor)):
+        if change is None:
+            continue
+        with graph.graph.inserting_after(out):
+            new = graph.graph.call_function(target, (out, out))
+        new.args = (out, add_constant(graph, f"{value.name}_balance", change.view(size), new))
+        new.meta = dict(value.meta)
+        out = new
+    for user in chosen:
+        user.replace_input_with(value, out)
+    graph.recompile()
+    return out

@@ -1,0 +1,132 @@
+"""Which values to shift and scale by channel before quantization, decided by the weighted error of the layers behind.
+
+On a runtime with one scale per activation tensor this is the per-channel granularity of Q-HyViT's search in a form
+that can be shipped: see `qhyvit.graph.balance`. The factors are t_c = (R_c / max R)^α of the channels' ranges R_c;
+α = 1 evens all channels out, smaller ones leave part of the difference to the weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qhyvit.calibration.samples import LayerSample
+from qhyvit.graph.balance import balance, shiftable
+from qhyvit.graph.channels import consumers
+from qhyvit.graph.sites import ActivationSite
+from qhyvit.methods.base import Problem
+from qhyvit.quantizers.uniform import uniform_from_range
+from qhyvit.search.operands import LayerError
+
+EXPONENTS = (0.25, 0.5, 0.75)
+SHRINK = (1.0, 0.85, 0.7, 0.55, 0.4)
+# The error must fall to this share. Ranges of single channels are estimated from fewer numbers than the tensor's, so a
+# small gain on the calibration pictures is none on others.
+GAIN = 0.5
+SMALLEST = 1e-3  # of the largest range; dead channels are not blown up
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Channel factors t and offsets m of one value, (C,) each."""
+
+    factor: Tensor
+    offset: Tensor
+
+
+def candidates(low: Tensor, high: Tensor, can_shift: bool) -> list[Candidate]:
+    """No change first, then all exponents without and, if allowed, with a shift to the channels' middles."""
+    zero, one = torch.zeros_like(low), torch.ones_like(low)
+    found = [Candidate(one, zero)]
+    for shift in (False, True) if can_shift else (False,):
+        offset = (low + high) / 2 if shift else zero
+        reach = (high - low) / 2 if shift else torch.maximum(low.abs(), high.abs())
+        ratio = reach / reach.max().clamp_min(torch.finfo(low.dtype).tiny)
+        ratio = torch.where(ratio > 0, ratio.clamp_min(SMALLEST), one)
+        found += [Candidate(ratio**alpha, offset) for alpha in EXPONENTS]
+        if shift:
+            found.append(Candidate(one, offset))
+    return found
+
+
+def balance_all(problem: Problem, samples: dict[str, Any], errors: dict[str, LayerError]) -> list[str]:
+    """Choose and apply; the graph changes, its float output does not.
+
+    Args:
+        problem: its graph is rewritten, its sites and statistics are found again.
+        samples: by layer name.
+        errors: by layer name.
+
+    Returns:
+        Names of the values that were changed.
+    """
+    nodes = {n.name: n for n in problem.graph.graph.nodes}
+    changed = []
+    for site in problem.sites.activations:
+        layers = consumers(problem.graph, nodes[site.value], site.channel_axis, site.readers)
+        if layers is None or not all(isinstance(samples.get(n.name), LayerSample) for n, _ in layers):
+            continue
+        chosen = _choose(problem, site, [(n.name, index) for n, index in layers], errors)
+        if chosen is not None:
+            balance(problem.graph, nodes[site.value], site.channel_axis, site.readers, chosen.factor, chosen.offset)
+            changed.append(site.value)
+    if changed:
+        problem.refresh()
+    return changed
+
+
+def _choose(
+    problem: Problem, site: ActivationSite, layers: list[tuple[str, Tensor]], errors: dict[str, LayerError]
+) -> Candidate | None:
+    statistics = problem.statistics[site.value]
+    if statistics.channel_low is None or statistics.channel_high is None:
+        return None
+    node = next(n for n in problem.graph.graph.nodes if n.name == site.value)
+    low, high = statistics.channel_low.float(), statistics.channel_high.float()
+    can_shift = shiftable(problem.graph, node, site.channel_axis, site.readers)
+    tried = candidates(low, high, can_shift)
+    found = [_error(problem, site, layers, errors, c, low, high) for c in tried]
+    best = min(range(len(tried)), key=found.__getitem__)
+    return tried[best] if found[best] < GAIN * found[0] else None
+
+
+def _error(
+    problem: Problem,
+    site: ActivationSite,
+    layers: list[tuple[str, Tensor]],
+    errors: dict[str, LayerError],
+    candidate: Candidate,
+    low: Tensor,
+    high: Tensor,
+) -> float:
+    """Summed error of the layers behind, with the best of a few clipped ranges for the changed value."""
+    asked = problem.bits(site)
+    bottom = ((low - candidate.offset) / candidate.factor).min()
+    top = ((high - candidate.offset) / candidate.factor).max()
+    totals = torch.zeros(len(SHRINK))
+    for name, index in layers:
+        error = errors[name]
+        t, m = error.per_position(candidate.factor[index]), error.per_position(candidate.offset[index])
+        weight = error.weight * t
+        axis_low, axis_high = weight.amin(1), weight.amax(1)  # over K; (G, O)
+        quantizer = uniform_from_range(
+            axis_low.flatten(),
+            axis_high.flatten(),
+            bits=problem.recipe.for_layer(site.module).weight_bits,
+            scheme="symmetric",
+            signed=True,
+            axis=0,
+        )
+        rows = weight.transpose(1, 2)
+        coded = quantizer(rows.flatten(0, 1)).view(rows.shape).transpose(1, 2)
+        moved = (error.x - m.transpose(1, 2)) / t.transpose(1, 2)
+        rest = torch.bmm(m.transpose(1, 2), error.weight)
+        for i, shrink in enumerate(SHRINK):
+            q = uniform_from_range(
+                bottom * shrink, top * shrink, bits=asked.activation_bits, scheme="asymmetric", signed=False
+            )
+            totals[i] += error(q(moved), coded, rest).sum()
+    return float(totals.min())

@@ -1,0 +1,138 @@
+"""One walk over the calibration pictures that samples every operator and every quantized value."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from qhyvit.calibration.collect import Watcher
+from qhyvit.calibration.gradients import Source, gradients, kl_to_float, sampled_label_loss
+from qhyvit.calibration.samples import (
+    normalised,
+    sample_layer,
+    sample_product,
+    sample_value,
+)
+from qhyvit.graph.ops import LINEAR, MATMUL, is_call, shape
+from qhyvit.graph.sites import source_site
+from qhyvit.methods.base import Problem
+from qhyvit.methods.ranges import set_ranges
+from qhyvit.progress import task
+from qhyvit.quantized import QuantizedModel
+
+BATCH = 4  # pictures at a time: all inner gradients of a batch are held at once
+SLICES = 32  # heads × pictures kept of a product of activations
+ROWS = 256
+VALUES = 32768
+
+
+def gather(problem: Problem, source: Source, positions: int) -> dict[str, Any]:
+    """Samples by node name (layers and products) and by "value:" + name (all activation sites).
+
+    Args:
+        problem: the net; its recipe's seed draws the positions.
+        source: where gradients come from.
+        positions: to keep per layer.
+    """
+    default = _default_quantized(problem) if source == "default_quant" else None
+    layers = [s.node for s in problem.sites.weights if _supported(problem.graph, s.node)]
+    products = [n.name for n in problem.graph.graph.nodes if is_call(n, MATMUL) and _has_site(problem, n)]
+    values = [s.value for s in problem.sites.activations]
+    generator = torch.Generator().manual_seed(problem.recipe.seed)
+    parts: dict[str, list[Any]] = {}
+    share = BATCH / max(problem.picture_count, BATCH)
+    with task("Sampling", problem.picture_count) as advance:
+        for batch in problem.pictures():
+            for images in torch.split(batch, BATCH):
+                wanted = {*layers, *products, *values}
+                g = _gradients(problem.graph, default, wanted, images, source, generator)
+                _sample(problem.graph, images, g, (layers, products, values), share, positions, generator, parts)
+                advance(len(images))
+    return {name: _joined(found) for name, found in parts.items()}
+
+
+def _default_quantized(problem: Problem) -> fx.GraphModule:
+    """The network quantized with default parameters: min-max, weights per channel, activations per tensor."""
+    return QuantizedModel(
+        problem.graph, problem.sites, set_ranges(problem, "minmax"), problem.recipe, {}, False
+    ).simulation(integer=False)
+
+
+def _gradients(
+    graph: fx.GraphModule,
+    default: fx.GraphModule | None,
+    names: set[str],
+    images: Tensor,
+    source: Source,
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    if source == "none":
+        return {}
+    with torch.no_grad():
+        reference = graph(images)
+    if source == "fisher":
+        return gradients(graph, names, images, sampled_label_loss(reference, generator))
+    assert default is not None
+    return gradients(default, names, images, kl_to_float(reference))
+
+
+def _sample(
+    graph: fx.GraphModule,
+    images: Tensor,
+    g: dict[str, Tensor],
+    names: tuple[list[str], list[str], list[str]],
+    share: float,
+    positions: int,
+    generator: torch.Generator,
+    parts: dict[str, list[Any]],
+) -> None:
+    """Run the float network on one batch and sample it."""
+    layers, products, values = (frozenset(n) for n in names)
+    nodes = {n.name: n for n in graph.graph.nodes}
+    operands = {a.name for n in (*layers, *products) for a in nodes[n].all_input_nodes if a.op != "get_attr"}
+    seen: dict[str, Tensor] = {}
+
+    def watch(node: fx.Node, value: Tensor) -> None:
+        gradient = g.get(node.name)
+        if node.name in operands:
+            seen[node.name] = value
+        if node.name in values:
+            found = sample_value(value, gradient, math.ceil(VALUES * share), generator)
+            parts.setdefault(f"value:{node.name}", []).append(found)
+        if node.name in layers:
+            x = seen[_name(node.args[0])]
+            layer = sample_layer(graph, node, x, value, gradient, math.ceil(positions * share), generator)
+            parts.setdefault(node.name, []).append(layer)
+        if node.name in products:
+            a, b = (seen[_name(arg)] for arg in node.args[:2])
+            product = sample_product(a, b, value, gradient, math.ceil(SLICES * share), ROWS, generator)
+            parts.setdefault(node.name, []).append(product)
+
+    with torch.no_grad():
+        Watcher(graph, {*layers, *products, *values, *operands}, watch).run(images)
+
+
+def _joined(parts: list[Any]) -> Any:
+    """The samples of all batches as one, weights with mean 1."""
+    kind = type(parts[0])
+    fields = {name: torch.cat([getattr(p, name) for p in parts]) for name in kind.__dataclass_fields__}
+    fields["weight"] = normalised(fields["weight"])
+    return kind(**fields)
+
+
+def _supported(graph: fx.GraphModule, name: str) -> bool:
+    """Linears and two-dimensional convolutions can be sampled."""
+    node = next(n for n in graph.graph.nodes if n.name == name)
+    return is_call(node, LINEAR) or len(shape(node)) == 4
+
+
+def _has_site(problem: Problem, node: fx.Node) -> bool:
+    return any(source_site(problem.sites, node, i) is not None for i in range(2))
+
+
+def _name(operand: Any) -> str:
+    name: str = operand.name
+    return name
