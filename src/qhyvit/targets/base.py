@@ -40,6 +40,7 @@ class Target:
         integer_bias: whether biases are int32.
         file_name: of the exported model; None where nothing is exported.
         prepare: completes a recipe for the machine at hand (saturation), the identity for most.
+        settle: changes the quantizers that a method found to what the kernels compute with, nothing for most.
         export: writes the model to a path; the flag chooses the integer (True) or the float model.
         load: opens a written file, with so many threads (None: the runtime's default).
     """
@@ -54,6 +55,7 @@ class Target:
     integer_bias: bool = False
     file_name: str | None = None
     prepare: Callable[[Recipe], Recipe] = lambda recipe: recipe
+    settle: Callable[[QuantizedModel], None] = lambda model: None
     export: Callable[[QuantizedModel, Path, bool], None] | None = None
     load: Callable[[Path, int | None], Session] | None = None
 

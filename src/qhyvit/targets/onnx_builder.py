@@ -110,16 +110,17 @@ class Builder:
             codes: int32.
             quantizer: its scale and zero point, () or (C,).
             axis: the channel axis of `codes`.
-            unsigned: store code + 128 as uint8, for processors whose signed products saturate.
+            unsigned: store 8-bit codes + 128 as uint8, for processors whose signed products saturate; narrower ones
+                do not: two products of 255 and -64 fit 16 bits.
             hint: name.
         """
+        unsigned = unsigned and quantizer.bits == 8
         array = codes.cpu().numpy()
         zero = quantizer.zero_point.cpu().numpy()
         axes: dict[str, Any] = {} if quantizer.axis is None else {"axis": axis}
         if quantizer.bits <= 4 and not unsigned:
             name = self.fresh(hint)
-            tensor = helper.make_tensor(name, TensorProto.INT4, array.shape, array.astype(np.int8).flatten())
-            self.initializers.append(tensor)
+            self.initializers.append(_packed(array, name))
             name = self.op("Cast", name, to=TensorProto.INT8)  # folded on loading, so that int8 kernels take it
             dtype: np.dtype[Any] = np.dtype(np.int8)
             shift = 0
@@ -151,6 +152,14 @@ def _code_type(quantizer: UniformAffine) -> np.dtype[Any]:
     if quantizer.bits <= 8:
         return np.dtype(np.int8 if quantizer.signed else np.uint8)
     return np.dtype(np.int16 if quantizer.signed else np.uint16)
+
+
+def _packed(array: NDArray[np.int32], name: str) -> onnx.TensorProto:
+    """An int4 tensor, two codes a byte, the first in the low half. (`make_tensor` spends one and a half.)"""
+    nibbles = np.append(array.flatten(), [0] * (array.size % 2)).astype(np.uint8) & 15
+    return helper.make_tensor(
+        name, TensorProto.INT4, array.shape, (nibbles[::2] | nibbles[1::2] << 4).tobytes(), raw=True
+    )
 
 
 def no_lowering(node: fx.Node, target: str) -> TargetError:
