@@ -102,7 +102,6 @@ def quantize(
     }
     quantized = QuantizedModel(graph, problem.sites, parameters, recipe, info, target.integer_bias)
     target.settle(quantized)
-    target.settle(quantized)
     if recipe.bias_correction:
         correct_biases(quantized, pictures.stream(), pictures.count)
     return quantized
