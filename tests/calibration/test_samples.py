@@ -1,0 +1,60 @@
+"""Sampled positions reproduce the layer they were taken from."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from qhyvit.calibration.samples import positions, sample_layer, sample_product
+from qhyvit.graph.capture import capture
+from qhyvit.graph.ops import weight_of
+
+LAYERS = {
+    "1x1": nn.Conv2d(6, 10, 1),
+    "3x3": nn.Conv2d(6, 10, 3, padding=1),
+    "strided": nn.Conv2d(6, 10, 3, stride=2, padding=1),
+    "dilated": nn.Conv2d(6, 10, 3, padding=2, dilation=2),
+    "depthwise": nn.Conv2d(6, 6, 5, padding=2, groups=6),
+    "grouped": nn.Conv2d(6, 9, 3, groups=3),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_sampled_convolution_is_the_convolution(name: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 6, 11, 9)
+    graph = capture(LAYERS[name], x)
+    node = next(n for n in graph.graph.nodes if "conv2d" in n.name)
+    y = graph(x)
+    sample = sample_layer(graph, node, x, y, torch.randn_like(y), 40, torch.Generator().manual_seed(0))
+    weight, bias = weight_of(graph, node)  # type: ignore[misc]
+    groups = sample.x.shape[1]
+    product = torch.einsum("mgk,gok->mgo", sample.x, weight.view(groups, -1, sample.x.shape[2]))
+    assert torch.allclose(product + bias.view(groups, -1), sample.y, atol=1e-5)
+
+
+def test_sums_over_a_sample_are_unbiased() -> None:
+    torch.manual_seed(0)
+    score, value = torch.rand(500) ** 4, torch.randn(500)
+    extremes = torch.zeros(500)
+    sums = []
+    for seed in range(400):
+        index, importance = positions(score, extremes, 50, torch.Generator().manual_seed(seed))
+        sums.append(float((importance * value[index])[:50].sum()))
+    spread = torch.tensor(sums).std() / 400**0.5
+    assert abs(sum(sums) / len(sums) - float(value.sum())) < 4 * float(spread)
+
+
+def test_the_extreme_inputs_are_always_taken() -> None:
+    extremes = torch.zeros(1000)
+    extremes[123] = 9.0
+    index, _ = positions(torch.ones(1000), extremes, 10, torch.Generator().manual_seed(0))
+    assert 123 in index.tolist()
+
+
+def test_a_sampled_product_is_the_product() -> None:
+    a, b = torch.randn(2, 4, 16, 8), torch.randn(2, 4, 8, 16)
+    sample = sample_product(a, b, a @ b, None, 3, 5, torch.Generator().manual_seed(0))
+    assert sample.y.shape == (3, 5, 16)
+    assert torch.allclose(sample.a @ sample.b, sample.y, atol=1e-6)

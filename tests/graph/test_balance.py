@@ -1,0 +1,70 @@
+"""Shifting and scaling channels leaves the float function alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from qhyvit.graph.balance import balance, foldable, shiftable
+from qhyvit.graph.capture import capture
+from qhyvit.graph.ops import aten
+from qhyvit.graph.sites import place
+
+
+class Net(nn.Module):
+    """A linear bottleneck, a padded convolution behind an activation, a norm before two linears, a residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expand, self.spatial = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.squeeze, self.widen = nn.Conv2d(8, 6, 1), nn.Conv2d(6, 8, 1)
+        self.norm, self.left, self.right = nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.widen(self.squeeze(self.spatial(torch.nn.functional.silu(self.expand(x)))))
+        tokens = x.flatten(2).transpose(1, 2)
+        normal = self.norm(tokens)
+        return self.head((tokens + self.left(normal) * torch.tanh(self.right(normal))).mean(1))
+
+
+@pytest.fixture
+def case() -> tuple[torch.fx.GraphModule, torch.Tensor]:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    return capture(Net().double(), x), x
+
+
+def test_every_input_site_can_be_rewritten_without_changing_the_output(case) -> None:  # type: ignore[no-untyped-def]
+    graph, x = case
+    before = graph(x)
+    folded, explicit = 0, 0
+    for site in place(graph).activations:
+        node = next(n for n in graph.graph.nodes if n.name == site.value)
+        channels = site.shape[site.channel_axis]
+        can_shift = shiftable(graph, node, site.channel_axis, site.readers)
+        offset = torch.randn(channels).double() if can_shift else torch.zeros(channels).double()
+        inside = foldable(graph, node, site.channel_axis, site.readers)
+        out = balance(graph, node, site.channel_axis, site.readers, torch.rand(channels).double() + 0.1, offset)
+        assert (out is node) == inside
+        folded, explicit = folded + inside, explicit + (not inside)
+    assert folded >= 2  # the linear bottleneck and the norm
+    assert explicit >= 2  # behind the activation and at the pictures
+    assert torch.allclose(graph(x), before, rtol=1e-10, atol=1e-10)
+
+
+def test_an_offset_before_zero_padding_is_refused(case) -> None:  # type: ignore[no-untyped-def]
+    graph, _ = case
+    silu = next(n for n in graph.graph.nodes if n.target == aten.silu.default)
+    readers = [u.name for u in silu.users]
+    assert not shiftable(graph, silu, 1, readers)
+    with pytest.raises(ValueError, match="cannot be balanced"):
+        balance(graph, silu, 1, readers, torch.ones(8).double(), torch.ones(8).double())
+
+
+def test_a_value_that_something_else_reads_keeps_its_float_form_there(case) -> None:  # type: ignore[no-untyped-def]
+    graph, _ = case
+    tanh = next(n for n in graph.graph.nodes if n.target == aten.tanh.default)
+    with pytest.raises(ValueError, match="cannot be balanced"):
+        balance(graph, tanh, 2, [u.name for u in tanh.users], torch.ones(8).double(), torch.zeros(8).double())
