@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +222,7 @@ def export(model: QuantizedModel, path: str | Path, *, target: str | None = None
     if chosen.export is None:
         raise TargetError(f"Target {chosen.name} exports nothing; choose another one with target=onnxruntime.")
     chosen.check(model.recipe, model.sites.modules())
+    model = replace(model, recipe=chosen.prepare(model.recipe))  # it may have been made for another target
     path = Path(path).expanduser()
     if path.is_dir():
         raise TargetError(
