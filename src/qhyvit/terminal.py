@@ -31,11 +31,11 @@ class Say:
     def remark(self, text: str) -> None:
         """A line on the way."""
         if not self._quiet:
-            self._err.print(text, markup=False)
+            self._err.print(text, markup=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
         """A line nobody should miss."""
-        self._err.print(f"warning: {text}", style="yellow", markup=False)
+        self._err.print(f"warning: {text}", style="yellow", markup=False, soft_wrap=True)
 
     def model(self, loaded: LoadedModel) -> None:
         """Which weights, which preprocessing."""
@@ -60,9 +60,9 @@ class Say:
             self._out.print(scores_table(result))
             for key in ("verification", "folder"):
                 if key in result:
-                    self._out.print(_line(key, result[key]), markup=False)
+                    self._out.print(_line(key, result[key]), markup=False, soft_wrap=True)
         else:
-            self._out.print(_line("", result), markup=False)
+            self._out.print(_line("", result), markup=False, soft_wrap=True)
 
 
 def scores_table(result: dict[str, Any]) -> Table:
