@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qhyvit import terminal
 from qhyvit.errors import QhyvitError
+
+if TYPE_CHECKING:
+    from torch.fx import GraphModule
 
 app = typer.Typer(
     name="qhyvit",
@@ -168,6 +172,52 @@ def bench(
 
     found = run(load(folder), folder=folder, runs=runs, threads=threads, batch=batch)
     terminal.Say(quiet=as_json).result(found.to_dict(), as_json)
+
+
+@app.command(
+    epilog="Examples:\n\n`qhyvit inspect --bridges mobilevit_s`: where convolutions hand over to attention\n\n"
+    "`qhyvit inspect --bridges out/ --json`: the same of a result, for a program"
+)
+def inspect(
+    model: Annotated[str, typer.Argument(help="A folder that `qhyvit quantize` wrote, or a model.")] = "demo",
+    bridges: Annotated[bool, typer.Option("--bridges", help="Bridge blocks: last convolutions, projections.")] = False,
+    weights: Weights = None,
+    pretrained: Pretrained = False,
+    input_size: InputSize = None,
+    as_json: Json = False,
+) -> None:
+    """Look into a model."""
+    from qhyvit.graph.bridges import find_bridges
+
+    if not bridges:
+        raise QhyvitError("There is nothing to inspect; pass --bridges.")
+    graph = _graph(model, weights, pretrained, input_size)
+    found: dict[str, Any] = {}
+    if bridges:
+        found["bridges"] = [{"members": b.members, "modules": b.modules} for b in find_bridges(graph)]
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    for number, block in enumerate(found.get("bridges", []), 1):
+        typer.echo("\n  ".join([f"bridge block {number}", *block["modules"]]))
+    if bridges and not found["bridges"]:
+        typer.echo("no bridge blocks: no attention follows convolutions")
+
+
+def _graph(model: str, weights: Path | None, pretrained: bool, input_size: int | None) -> GraphModule:
+    """The float graph of a result or of a model, whose weights may be random."""
+    import torch
+
+    from qhyvit.data.preprocessing import Preprocessing
+    from qhyvit.graph.capture import capture
+    from qhyvit.models.load import load_model
+    from qhyvit.store import load
+
+    if terminal.is_result(model):
+        return load(model).graph
+    loaded = load_model(model, weights=weights, pretrained=pretrained, input_size=input_size)
+    size = Preprocessing.from_config(loaded.preprocessing_config).input_size
+    return capture(loaded.module, torch.zeros(1, *size))
 
 
 @app.command(epilog="Example:\n\n`qhyvit models`, then `qhyvit quantize mobilevit_xs --pretrained -o out/`")

@@ -19,6 +19,8 @@ from qhyvit.graph.bridges import BridgeBlock, find_bridges
 from qhyvit.graph.capture import capture
 from qhyvit.graph.ops import WEIGHTED, is_call
 from qhyvit.graph.serialise import from_json, to_json
+from qhyvit.store import save
+from tiny import quantized
 
 
 def v1(stage: int) -> tuple[str, ...]:
@@ -95,6 +97,11 @@ class Recorder(fx.Interpreter):
         return {node.name: value for node, value in self.env.items()}
 
 
+def compute(node: fx.Node, known: dict[str, Any]) -> Any:
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: known[n.name])
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
 def check_blocks(graph: fx.GraphModule, blocks: tuple[BridgeBlock, ...], side: int) -> None:
     """Each block computes its outputs, to the bit, from its inputs and constants alone."""
     torch.manual_seed(1)
@@ -105,8 +112,7 @@ def check_blocks(graph: fx.GraphModule, blocks: tuple[BridgeBlock, ...], side: i
         known = {name: full[name] for name in block.inputs}
         known |= {n.name: full[n.name] for n in nodes.values() if n.op == "get_attr"}
         for name in block.nodes:
-            args, kwargs = fx.node.map_arg((nodes[name].args, nodes[name].kwargs), lambda n: known[n.name])
-            known[name] = nodes[name].target(*args, **kwargs)  # type: ignore[operator]
+            known[name] = compute(nodes[name], known)
         for name in block.outputs:
             assert torch.equal(known[name], full[name])
         assert set(block.outputs) <= set(block.members) <= set(block.nodes)
@@ -120,10 +126,10 @@ def modules(blocks: tuple[BridgeBlock, ...]) -> list[tuple[str, ...]]:
     return [block.modules for block in blocks]
 
 
-def bridges_of(module: nn.Module, **options: bool) -> list[tuple[str, ...]]:
+def bridges_of(module: nn.Module) -> list[tuple[str, ...]]:
     """Modules of the bridge blocks of a small net, each block checked."""
     graph = graph_of_module(module)
-    blocks = find_bridges(graph, **options)
+    blocks = find_bridges(graph)
     check_blocks(graph, blocks, 16)
     return modules(blocks)
 
@@ -410,12 +416,14 @@ def test_two_way_hand_overs() -> None:
             f"blocks.{block}.to_tokens.proj",
         )
 
-    net = TwoWay(3)
-    between = [to_map(0), to_tokens(1), to_map(1), to_tokens(2), to_map(2)]
-    assert bridges_of(net) == between
+    graph = graph_of_module(TwoWay(2))
+    blocks = find_bridges(graph, exclude_entry_exit=False)
+    between = [to_map(0), to_tokens(1), to_map(1)]
     entry = ("stem", "blocks.0.to_tokens.proj")  # the query is a constant
-    leaving = ("blocks.2.contract", "last.q", "last.proj")
-    assert bridges_of(net, exclude_entry_exit=False) == [entry, *between, leaving]
+    leaving = ("blocks.1.contract", "last.q", "last.proj")
+    assert modules(blocks) == [entry, *between, leaving]
+    check_blocks(graph, blocks, 16)
+    assert modules(find_bridges(graph)) == between
 
 
 # Command line ------------------------------------------------------------------------------------------------------
@@ -466,10 +474,6 @@ def test_inspect_of_a_model_without_bridges(nets: str) -> None:
 
 
 def test_inspect_reads_a_result(tmp_path: Path) -> None:
-    from tiny import quantized
-
-    from qhyvit.store import save
-
     folder = save(quantized(), tmp_path / "out")
     found = json.loads(inspect("--bridges", "--json", str(folder)))
     assert [block["modules"] for block in found["bridges"]] == [["depthwise", "qkv"]]
