@@ -13,6 +13,7 @@ from qhyvit.calibration.bias import correct_biases
 from qhyvit.pipeline import export, quantize
 from qhyvit.quantized import QuantizedModel
 from qhyvit.targets.onnxruntime import OrtSession
+from quick import captured_once  # noqa: F401
 
 SIDE = 8
 

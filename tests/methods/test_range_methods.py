@@ -18,6 +18,7 @@ from qhyvit.quantized import QuantizedModel
 from qhyvit.quantizers.uniform import UniformAffine
 from qhyvit.recipe import Recipe
 from qhyvit.targets.onnxruntime import OrtSession
+from quick import captured_once  # noqa: F401
 from tiny import CLASSES, SIDE, Tiny, fresh
 
 NAMES = ("minmax", "percentile", "mse", "kl")

@@ -20,6 +20,7 @@ from qhyvit.quantized import QuantizedModel
 from qhyvit.recipe import Recipe
 from qhyvit.targets import TARGETS, onnxruntime
 from qhyvit.targets.onnxruntime import OrtSession, prepare
+from quick import captured_once  # noqa: F401
 from tiny import CLASSES, SIDE, Tiny, fresh
 
 FLOAT_PRODUCTS = {"Conv", "FusedConv", "Gemm", "MatMul", "FusedMatMul", "FusedGemm", "MatMulNBits"}
