@@ -12,8 +12,9 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
 from qhyvit.errors import CaptureError
+from qhyvit.graph.functional import functional
 from qhyvit.graph.normalise import normalise
-from qhyvit.graph.ops import KEPT, WEIGHTED, argument, tidy
+from qhyvit.graph.ops import WEIGHTED, argument, tidy
 
 
 def capture(model: nn.Module, example: Tensor, *, passes: bool = True) -> fx.GraphModule:
@@ -37,11 +38,7 @@ def capture(model: nn.Module, example: Tensor, *, passes: bool = True) -> fx.Gra
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # caches assigned during export; they become constants of the graph
             program = torch.export.export(model, (example,), dynamic_shapes=({0: Dim.DYNAMIC},), strict=False)
-            table: Any = torch.export.default_decompositions()
-            for kept in KEPT:
-                if kept in table:
-                    table.pop(kept)
-            program = program.run_decompositions(table)
+            program = functional(program)
     except Exception as error:  # torch.export raises many kinds; each means the same to the user
         reason = str(error).strip().splitlines()
         raise CaptureError(
