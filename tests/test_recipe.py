@@ -19,7 +19,7 @@ def test_defaults_are_the_documented_ones() -> None:
     assert (recipe.weight_bits, recipe.activation_bits) == (8, 8)
     assert (recipe.weights.granularity, recipe.weights.scheme) == ("per-channel", "symmetric")
     assert (recipe.activations.granularity, recipe.activations.scheme) == ("per-tensor", "asymmetric")
-    assert (recipe.calibration.size, recipe.calibration.batch, recipe.calibration.source) == (128, 16, None)
+    assert (recipe.calibration.size, recipe.calibration.batch, recipe.calibration.source) == (128, 4, None)
     assert (recipe.ranges.percentile, recipe.ranges.zero) == (99.99, "extend")
 
 

@@ -67,7 +67,7 @@ class Calibration(_Section):
     """Calibration pictures: how many, how many at a time, and from where (a folder, archive or data set name)."""
 
     size: int = Field(default=128, ge=1)
-    batch: int = Field(default=16, ge=1)
+    batch: int = Field(default=4, ge=1)  # small batches stay in the processor's cache
     source: str | None = None
 
 
