@@ -140,7 +140,7 @@ class LayerError:
         self.x = sample.x.transpose(0, 1).contiguous()  # (G, M, K)
         self.weight = weight.view(len(self.x), -1, self.x.shape[2]).transpose(1, 2)  # (G, K, O)
         groups = len(self.x)
-        self._shape = weight.shape
+        self.shape = weight.shape
         target = sample.y if bias is None else sample.y - bias.view(groups, -1)
         self._target = target.transpose(0, 1).contiguous()  # (G, M, O)
         self._weight = sample.weight.transpose(0, 1).contiguous()
