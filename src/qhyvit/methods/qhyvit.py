@@ -31,7 +31,8 @@ class Options:
     """The method's options, with their defaults.
 
     Attributes:
-        gradient: where g comes from: "default_quant" (the paper's), "fisher", or "none" (plain squared error).
+        gradient: where g comes from: "default_quant" (the paper's), "fisher", or "none" (plain squared error, the
+            default: on the nets measured so far the weights cost SQNR, see docs/methods.md).
         granularity, scheme: whether to search them; otherwise the recipe's are kept.
         rounds: alternations of weights and activations.
         positions: sampled per layer.
@@ -42,7 +43,7 @@ class Options:
         start: range setting of the incumbent that the search has to beat.
     """
 
-    gradient: Source = "default_quant"
+    gradient: Source = "none"
     granularity: bool = True
     scheme: bool = True
     rounds: int = 3
@@ -72,7 +73,7 @@ def read_options(given: dict[str, Any]) -> Options:
 
 
 def qhyvit(problem: Problem) -> Parameters:
-    """Q-HyViT: scale, granularity and scheme of each operand by Hessian-weighted reconstruction error."""
+    """Scale, granularity and scheme of each operand by reconstruction error (Q-HyViT without bridge blocks yet)."""
     options = read_options(problem.recipe.options)
     parameters = set_ranges(problem, options.start)
     samples = gather(problem, options.gradient, options.positions)
