@@ -342,6 +342,27 @@ def test_in_place_operators_become_plain() -> None:
     assert not {"slice_scatter", "select_scatter", "copy"} & set(kinds(graph))
 
 
+def test_an_in_place_operator_changes_what_dropout_passed_on() -> None:
+    """In eval mode dropout returns its input itself, so that whoever reads that input later sees it changed."""
+
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = x * 2
+            z = F.relu_(F.dropout(y, 0.5, self.training))
+            return (y + z.sigmoid()).flatten(1)
+
+    captured(Net())
+
+
+def test_in_place_operators_that_have_no_plain_form_are_decomposed() -> None:
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = (x * 2).masked_fill_(x > 1, 0.5).addcmul_(x, x, value=0.3)
+            return y.sub_(x, alpha=2).flatten(1)
+
+    assert not {"masked_fill", "addcmul"} & set(kinds(captured(Net())))
+
+
 def test_autocast_and_no_grad_regions_are_inlined() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:

@@ -26,7 +26,7 @@ def functional(program: ExportedProgram) -> ExportedProgram:
     for node in calls:
         if _mutates(node):
             plain[node] = _out_of_place(node, plain)
-    if all(plain.values()) and not any(_decomposes(n, table) for n in calls if n not in plain):
+    if all(plain.values()) and not any(_decomposes(plain.get(n, n.target), table) for n in calls):
         for node, target in plain.items():
             node.target = target
         return program
@@ -34,9 +34,8 @@ def functional(program: ExportedProgram) -> ExportedProgram:
     return decomposed
 
 
-def _decomposes(node: fx.Node, table: Any) -> bool:
+def _decomposes(target: Any, table: Any) -> bool:
     """Whether torch.export would write a call in simpler operators, or it holds a subgraph that may need it."""
-    target: Any = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return getattr(target, "__module__", "") != "_operator"
     if target in KEPT or target == torch.ops.aten.sym_size.int:
@@ -71,4 +70,7 @@ def _fresh(node: fx.Node) -> bool:
     """Whether an operator's output shares memory with nothing."""
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return False
+    if node.target == torch.ops.aten.dropout.default:  # in eval mode it returns what it was given
+        source = node.args[0]
+        return isinstance(source, fx.Node) and set(source.users) == {node} and _fresh(source)
     return all(r.alias_info is None for r in node.target._schema.returns)
