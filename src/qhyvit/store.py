@@ -105,7 +105,9 @@ def check_writable(folder: str | Path, *, overwrite: bool = False) -> None:
     if not _is_ours(place):
         raise ModelError(f"Folder {folder} holds other things than a quantized model; name another folder.")
     if not overwrite:
-        raise ModelError(f"Folder {folder} already holds a quantized model; allow overwriting or name another folder.")
+        raise ModelError(
+            f"Folder {folder} already holds a quantized model; name another, or replace it with --force (overwrite=True)."
+        )
 
 
 def load(folder: str | Path) -> QuantizedModel:
