@@ -106,7 +106,7 @@ def check_writable(folder: str | Path, *, overwrite: bool = False) -> None:
         raise ModelError(f"Folder {folder} holds other things than a quantized model; name another folder.")
     if not overwrite:
         raise ModelError(
-            f"Folder {folder} already holds a quantized model; name another, or replace it with --force (overwrite=True)."
+            f"Folder {folder} already holds a quantized model; name another, or pass --force (overwrite=True)."
         )
 
 
