@@ -1,0 +1,5 @@
+"""`python -m qhyvit` is the command line."""
+
+from qhyvit.cli import main
+
+main()
