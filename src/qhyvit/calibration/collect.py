@@ -42,6 +42,7 @@ def collect(
     batches: Iterable[Tensor],
     *,
     advance: Callable[[int], None] = lambda n: None,
+    channels: bool = True,
 ) -> dict[str, TensorStatistics]:
     """Statistics of every activation site in the float graph; memory does not depend on the number of pictures.
 
@@ -50,11 +51,15 @@ def collect(
         sites: its sites.
         batches: pictures (n, 3, H, W), streamed.
         advance: told the number of pictures done, for a progress bar.
+        channels: whether to keep the extremes of every channel too, which takes a tenth of the time.
 
     Raises:
         ModelError: if a value is not finite; names the layer.
     """
-    statistics = {s.value: TensorStatistics(channel_axis=s.channel_axis or None) for s in sites.activations}
+    statistics = {
+        s.value: TensorStatistics(channel_axis=(s.channel_axis or None) if channels else None)
+        for s in sites.activations
+    }
 
     def watch(node: fx.Node, value: Tensor) -> None:
         try:

@@ -29,6 +29,8 @@ class Problem:
         pictures: call it for a fresh stream of calibration batches (n, 3, H, W), the same ones each time.
         picture_count: how many pictures a stream holds.
         place: finds the sites of a graph, as recipe and target want them.
+        per_channel: whether statistics hold the extremes of every channel whatever the recipe asks; a method that needs
+            them sets it before it reads statistics.
     """
 
     graph: fx.GraphModule
@@ -37,6 +39,7 @@ class Problem:
     pictures: Callable[[], Iterator[Tensor]]
     picture_count: int
     place: Callable[[fx.GraphModule], Sites]
+    per_channel: bool = False
 
     def refresh(self) -> None:
         """Find sites and statistics again after a change of the graph."""
@@ -47,8 +50,10 @@ class Problem:
     @cached_property
     def statistics(self) -> dict[str, TensorStatistics]:
         """Ranges and histograms of every activation site, gathered in one pass when first asked for."""
+        asked = (self.bits(site).activations.granularity for site in self.sites.activations)
+        channels = self.per_channel or "per-channel" in asked
         with task("Calibrating", self.picture_count) as advance:
-            return collect(self.graph, self.sites, self.pictures(), advance=advance)
+            return collect(self.graph, self.sites, self.pictures(), advance=advance, channels=channels)
 
     def bits(self, site: WeightSite | ActivationSite) -> LayerBits:
         """The recipe's settings for a site, overrides applied."""

@@ -75,6 +75,7 @@ def read_options(given: dict[str, Any]) -> Options:
 def qhyvit(problem: Problem) -> Parameters:
     """Scale, granularity and scheme of each operand by reconstruction error (Q-HyViT without bridge blocks yet)."""
     options = read_options(problem.recipe.options)
+    problem.per_channel = True
     parameters = set_ranges(problem, options.start)
     samples = gather(problem, options.gradient, options.positions)
     if options.balance:
