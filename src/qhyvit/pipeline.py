@@ -99,11 +99,12 @@ def quantize(
         "class_names": list(loaded.class_names) if loaded.class_names else None,
         "preprocessing": preprocessing.to_dict(),
         "calibration": {"source": pictures.source, "pictures": pictures.read},
+        "report": parameters.report,
     }
     quantized = QuantizedModel(graph, problem.sites, parameters, recipe, info, target.integer_bias)
     target.settle(quantized)
-    if recipe.bias_correction:
-        correct_biases(quantized, pictures.stream(), pictures.count)
+    if recipe.bias_correction or parameters.correct_biases:
+        correct_biases(quantized, pictures.stream())
     return quantized
 
 

@@ -28,6 +28,8 @@ class Parameters:
             rounded to nearest.
         biases: changed biases (C_out,) by node (bias correction).
         notes: sentences for the report: what did not apply, and where.
+        report: further JSON-able facts by topic, such as "overflow".
+        correct_biases: whether the method wants biases corrected, whatever the recipe says.
     """
 
     activations: dict[str, UniformAffine] = field(default_factory=dict)
@@ -35,6 +37,8 @@ class Parameters:
     codes: dict[str, Tensor] = field(default_factory=dict)
     biases: dict[str, Tensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    report: dict[str, Any] = field(default_factory=dict)
+    correct_biases: bool = False
 
 
 @dataclass

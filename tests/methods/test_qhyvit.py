@@ -9,16 +9,18 @@ from tests.tiny import SIDE, Tiny
 from qhyvit.calibration.samples import LayerSample
 from qhyvit.errors import RecipeError
 from qhyvit.graph.capture import capture
+from qhyvit.graph.ops import weight_of
 from qhyvit.graph.sites import Sites, place
 from qhyvit.methods.base import Problem
-from qhyvit.methods.qhyvit import Options, _layer_errors, qhyvit, read_options
+from qhyvit.methods.qhyvit import RELEASED_FACTORS, VARIANTS, Options, qhyvit, read_options
 from qhyvit.methods.ranges import set_ranges
 from qhyvit.quantized import Parameters
 from qhyvit.recipe import Recipe
 from qhyvit.search.gather import gather
+from qhyvit.search.layers import layer_errors as errors_of_layers
 
 
-def problem(bits: str = "w4a4", **options: object) -> Problem:
+def problem(bits: str = "w4a4", target: str = "onnxruntime", **options: object) -> Problem:
     torch.manual_seed(0)
     images = torch.randn(8, 3, SIDE, SIDE)
     graph = capture(Tiny(), images)
@@ -26,18 +28,18 @@ def problem(bits: str = "w4a4", **options: object) -> Problem:
     def find(captured: torch.fx.GraphModule) -> Sites:
         return place(captured, quantized_outputs=frozenset({"conv"}))
 
-    recipe = Recipe(bits=bits, method="qhyvit", options={"balance": False, "gradient": "none", **options})
+    recipe = Recipe(bits=bits, method="qhyvit", target=target, options={"balance": False, "bias": False, "bridges": False, **options})
     return Problem(graph, find(graph), recipe, lambda: iter(images.split(4)), len(images), find)
 
 
 def layer_errors(case: Problem, parameters: Parameters) -> dict[str, float]:
     """Weighted error of each sampled layer with its own quantized weight and input."""
     samples = gather(case, "none", 1024)
-    found = {}
-    for name, error in _layer_errors(case, samples).items():
+    found, nodes = {}, {n.name: n for n in case.graph.graph.nodes}
+    for name, error in errors_of_layers(case.graph, samples).items():
         source = next((s.value for s in case.sites.activations if name in s.readers), None)
         quantizer = parameters.activations[source] if source else None
-        weight = error.grouped(parameters.weights[name](error.weight.transpose(1, 2).reshape(error.shape)))
+        weight = error.grouped(parameters.weights[name](weight_of(case.graph, nodes[name])[0]))  # type: ignore[index]
         found[name] = float(error(error.quantized_input(quantizer), weight).sum())
     return found
 
@@ -50,11 +52,47 @@ def test_no_layer_is_worse_than_where_the_search_began() -> None:
     assert sum(after.values()) < 0.95 * sum(before.values())
 
 
-def test_coarse_to_fine_costs_at_most_one_percent_against_brute_force() -> None:
-    fast, brute = problem(rounds=1), problem(rounds=1, coarse=1)
+@pytest.mark.parametrize("target", ["onnxruntime", "simulate"])
+@pytest.mark.parametrize("rounds", [1, 3])
+@pytest.mark.parametrize("bits", ["w8a8", "w4a4"])
+def test_the_fast_search_costs_at_most_one_percent_against_brute_force(target: str, rounds: int, bits: str) -> None:
+    fast, brute = problem(bits, target, rounds=rounds), problem(bits, target, rounds=rounds, coarse=1)
     quick, slow = layer_errors(fast, qhyvit(fast)), layer_errors(brute, qhyvit(brute))
     for name, error in quick.items():
         assert error <= 1.01 * slow[name], name
+
+
+def test_ours_beats_the_released_rules_on_every_variants_own_ground() -> None:
+    totals = {}
+    for variant in VARIANTS:
+        case = problem("w4a4", "simulate", variant=variant, gradient="none")
+        totals[variant] = sum(layer_errors(case, qhyvit(case)).values())
+    assert totals["ours"] <= totals["paper"] * 1.01
+    assert totals["paper"] < totals["released"]
+
+
+def test_the_released_rules_are_symmetric_and_by_channel_for_convolutions_only() -> None:
+    case = problem("w8a8", "simulate", variant="released", start="minmax")
+    parameters = qhyvit(case)
+    kinds = {s.node: s.kind for s in case.sites.weights}
+    for name, quantizer in parameters.weights.items():
+        assert quantizer.scheme == "symmetric"
+        assert (quantizer.axis is None) == (kinds[name] == "linear"), name
+    assert torch.isclose(RELEASED_FACTORS[-1], torch.tensor(1.1881))
+
+
+def test_biases_take_the_mean_error_when_asked() -> None:
+    assert not qhyvit(problem(rounds=1)).correct_biases
+    assert qhyvit(problem(rounds=1, bias=True)).correct_biases
+
+
+def test_attention_operands_may_have_a_scale_for_each_head() -> None:
+    case = problem("w4a4", "simulate", scheme=False)
+    parameters = qhyvit(case)
+    heads = [s for s in case.sites.activations if len(s.shape) == 4 and s.shape[1] == 2]
+    by_head = [parameters.activations[s.value] for s in heads if parameters.activations[s.value].axis == 1]
+    assert by_head
+    assert all(len(q.scale) == 2 for q in by_head)
 
 
 @pytest.mark.parametrize("source", ["default_quant", "fisher", "none"])
@@ -80,3 +118,7 @@ def test_options_are_checked_by_name() -> None:
         read_options({"gradiend": "fisher"})
     with pytest.raises(RecipeError, match=r"options\.gradient.*allowed"):
         read_options({"gradient": "magic"})
+    with pytest.raises(RecipeError, match=r"options\.variant.*paper"):
+        read_options({"variant": "journal"})
+    with pytest.raises(RecipeError, match=r"options\.rounds"):
+        read_options({"rounds": "many"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -12,49 +13,74 @@ from qhyvit.graph.ops import channel_axis
 from qhyvit.progress import task
 from qhyvit.quantized import QuantizedModel
 
+PICTURES = 64  # walked through the net together, so that each layer sees its predecessors corrected
 
-def correct_biases(model: QuantizedModel, batches: Iterable[Tensor], count: int) -> None:
-    """b ← b + mean(O) - mean(Ô) per output channel, for every quantized layer, in one pass.
 
-    O is the layer's float output, Ô the output of the same layer with quantized weight and quantized input, both on
-    the clean float input, so that each layer answers for its own error only. No layer is skipped for a bias of zero.
+def correct_biases(model: QuantizedModel, batches: Iterable[Tensor]) -> None:
+    """b ← b + mean(O) - mean(Ô) per output channel, for every quantized layer, in order (methods of DFQ, 1906.04721).
+
+    O is the layer's output in the float network, Ô in the quantized one whose earlier biases are corrected already. No
+    layer is skipped for a bias of zero. Uses the first `PICTURES` pictures at most.
 
     Args:
         model: changed in place (`parameters.biases`).
         batches: calibration pictures (n, 3, H, W).
-        count: number of pictures, for the progress bar.
     """
-    sites = {s.node: s for s in model.sites.weights}
-    weights = {name: model.parameters.weights[name].dequantize(model.codes(name)) for name in sites}
-    inputs = {name: model.input_site(model.nodes[name], 0) for name in sites}
-    sums: dict[str, Tensor] = {}
-    numbers: dict[str, int] = {}
+    images = _first(batches, PICTURES)
+    sites = {s.node for s in model.sites.weights}
+    means: dict[str, Tensor] = {}
 
-    class Local(Watcher):
-        def call_function(self, target, args, kwargs):  # type: ignore[no-untyped-def]
-            out = super().call_function(target, args, kwargs)
-            name = self._node.name
-            if name in sites:
-                x, source = args[0], inputs[name]
-                if source is not None and model.parameters.activations[source].axis is None:
-                    x = model.parameters.activations[source](x)
-                error = out - target(x, weights[name], *args[2:], **kwargs)
-                axis = channel_axis(self._node)
-                flat = error.movedim(axis, 0).flatten(1).double()
-                sums[name] = sums.get(name, torch.zeros(len(flat), dtype=torch.float64)) + flat.sum(1)
-                numbers[name] = numbers.get(name, 0) + flat.shape[1]
-            return out
+    def keep(node: fx.Node, value: Tensor) -> None:
+        means[node.name] = _channel_means(node, value)
 
-        def run_node(self, n: fx.Node):  # type: ignore[no-untyped-def]
-            self._node = n
-            return super().run_node(n)
-
-    runner = Local(model.graph, (), lambda node, value: None)
-    with torch.inference_mode(), task("Correcting biases", count) as advance:
-        for images in batches:
-            runner.run(images)
-            advance(len(images))
-    for name, total in sums.items():
-        shift = (total / numbers[name]).float().clone()
+    with torch.inference_mode(), task("Correcting biases", 2) as advance:
+        for piece in images.split(8):
+            seen = dict(means)
+            Watcher(model.graph, sites, keep).run(piece)
+            for name, mean in means.items():
+                means[name] = mean * len(piece) + seen.get(name, torch.zeros_like(mean))
+        means = {name: total / len(images) for name, total in means.items()}
+        advance(1)
+        for name in sites:  # the simulation starts from the float biases
+            model.parameters.biases.pop(name, None)
+        shifts = _Corrector(model, means).shifts(images)
+        advance(1)
+    for name, shift in shifts.items():
         bias = model.bias(name)
-        model.parameters.biases[name] = shift if bias is None else bias + shift
+        model.parameters.biases[name] = (shift if bias is None else bias + shift).clone()
+
+
+class _Corrector(fx.Interpreter):
+    """Runs the simulation and moves the output of each layer to its float mean before going on."""
+
+    def __init__(self, model: QuantizedModel, means: dict[str, Tensor]) -> None:
+        super().__init__(model.simulation(integer=False))
+        self._means, self._shifts = means, dict[str, Tensor]()
+
+    def shifts(self, images: Tensor) -> dict[str, Tensor]:
+        """What each bias gains, by node."""
+        self.run(images)
+        return self._shifts
+
+    def run_node(self, n: fx.Node) -> Any:
+        out = super().run_node(n)
+        if n.name in self._means:
+            shift = (self._means[n.name] - _channel_means(n, out)).float()
+            view = [1] * out.ndim
+            view[channel_axis(n)] = -1
+            out = out + shift.view(view)
+            self._shifts[n.name] = shift
+        return out
+
+
+def _channel_means(node: fx.Node, value: Tensor) -> Tensor:
+    return value.movedim(channel_axis(node), 0).flatten(1).double().mean(1)
+
+
+def _first(batches: Iterable[Tensor], count: int) -> Tensor:
+    found: list[Tensor] = []
+    for images in batches:
+        found.append(images)
+        if sum(map(len, found)) >= count:
+            break
+    return torch.cat(found)[:count]

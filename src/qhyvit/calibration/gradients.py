@@ -2,7 +2,8 @@
 
 H^(O) ≈ diag(g²), g = ∂L/∂O (Q-HyViT, arXiv 2303.12557, section on the objective). At the float point the loss between
 a network and itself has no gradient but rounding noise, so g is taken elsewhere: at the network quantized with
-default parameters (the paper's), or from labels drawn from the float network's own predictions (Fisher).
+default parameters (the paper's), or from labels drawn from the float network's own predictions (Fisher). The noise
+itself is what the released code uses (source "float"); it is kept for comparison.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 
 from qhyvit.calibration.collect import Watcher
 
-Source = Literal["default_quant", "fisher", "none"]
+Source = Literal["default_quant", "fisher", "float", "none"]
 Loss = Callable[[Tensor], Tensor]
 
 

@@ -42,12 +42,14 @@ class ProductSample:
         a, b: operands (S, n, k), (S, k, m).
         y: float product (S, n, m).
         weight: g² (S, n, m), mean 1.
+        head: index of each slice along the axis before the matrices (S,), int64.
     """
 
     a: Tensor
     b: Tensor
     y: Tensor
     weight: Tensor
+    head: Tensor
 
 
 @dataclass
@@ -139,7 +141,8 @@ def sample_product(
     y, g = y.flatten(0, -3), torch.ones_like(y).flatten(0, -3) if g is None else g.flatten(0, -3)
     pick = torch.randperm(len(y), generator=gen)[:count]
     row = torch.randperm(y.shape[1], generator=gen)[:rows]
-    return ProductSample(a[pick][:, row], b[pick], y[pick][:, row], g[pick][:, row].square())
+    head = pick % (leading[-1] if len(leading) > 1 else 1)
+    return ProductSample(a[pick][:, row], b[pick], y[pick][:, row], g[pick][:, row].square(), head)
 
 
 def sample_value(x: Tensor, g: Tensor | None, count: int, gen: torch.Generator) -> ValueSample:

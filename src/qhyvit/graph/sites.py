@@ -71,7 +71,7 @@ class ActivationSite:
         readers: names of the nodes that see the quantized value; the others see the float one.
         shape: for one picture.
         channel_axis: axis of the channels in `shape`.
-        role: "input" of an operator that computes in integers, or "output" that the scope or the target quantizes.
+        role: "input" of an operator that computes in integers, or "output" that only the scope or the target quantizes.
     """
 
     value: str
@@ -134,7 +134,7 @@ def place(
         if _needs_output(graph, node, scope, quantized_outputs) and not is_float(node.meta["module"]):
             readers[node] = list(node.users)
             owner.setdefault(node, node.meta["module"])
-            roles[node] = "output"
+            roles.setdefault(node, "output")
     for node in nodes:  # what is a mere rearrangement of quantized values is quantized already
         if is_call(node, LAYOUT) and node in readers and _already(node, readers):
             del readers[node]

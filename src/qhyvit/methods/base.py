@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -56,8 +56,15 @@ class Problem:
             return collect(self.graph, self.sites, self.pictures(), advance=advance, channels=channels)
 
     def bits(self, site: WeightSite | ActivationSite) -> LayerBits:
-        """The recipe's settings for a site, overrides applied."""
-        return self.recipe.for_layer(site.module)
+        """The recipe's settings for a site, overrides applied.
+
+        The width of activations is that of the operands of products. In partial scope a value that is quantized only
+        because a target wants an operator's output as codes has 8 bits at least: the runtime stores it in 8 bits anyway.
+        """
+        asked = self.recipe.for_layer(site.module)
+        if isinstance(site, ActivationSite) and site.role == "output" and self.recipe.scope == "partial":
+            return replace(asked, activation_bits=max(8, asked.activation_bits))
+        return asked
 
 
 class Method(Protocol):

@@ -2,60 +2,85 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, fx
 
 from qhyvit.calibration.gradients import Source
-from qhyvit.calibration.samples import LayerSample, ProductSample, ValueSample
+from qhyvit.calibration.overflow import count_overflows
 from qhyvit.errors import RecipeError
-from qhyvit.graph.ops import ACTIVATIONS, CONVOLUTIONS, WEIGHTED, is_call, weight_of
-from qhyvit.graph.sites import ActivationSite, WeightSite, source_site
+from qhyvit.graph.bridges import find_bridges
+from qhyvit.graph.ops import argument
+from qhyvit.graph.sites import ActivationSite, Sites, WeightSite
 from qhyvit.methods.base import Problem
 from qhyvit.methods.ranges import set_ranges
 from qhyvit.progress import task
-from qhyvit.quantized import Parameters
-from qhyvit.quantizers.uniform import UniformAffine
+from qhyvit.quantized import Parameters, QuantizedModel
+from qhyvit.recipe import Granularity
 from qhyvit.search.balancing import balance_all
+from qhyvit.search.blocks import reconstruct_bridges
+from qhyvit.search.factors import FACTORS
 from qhyvit.search.gather import gather
-from qhyvit.search.operands import Choice, LayerError, Range, Space, product_error, search
+from qhyvit.search.layers import LayerSearch, Spaces, layer_errors
+from qhyvit.search.operands import Space
 from qhyvit.targets import TARGETS
+
+Variant = Literal["ours", "paper", "released"]
+RELEASED_FACTORS = 0.01 + 0.0119 * torch.arange(100)
 
 
 @dataclass(frozen=True)
 class Options:
-    """The method's options, with their defaults.
+    """The method's options, with their defaults in variant "ours".
 
     Attributes:
-        gradient: where g comes from: "default_quant" (the paper's), "fisher", or "none" (plain squared error, the
-            default: on the nets measured so far the weights cost SQNR, see docs/methods.md).
+        variant: rules to start from. "paper": gradients of the default-quantized net, the full search of granularity
+            and scheme from min-max, block error inside bridge blocks. "released": what the authors' code does:
+            symmetric only, granularity by a fixed rule, 100 candidates up to 1.1881, gradients at the float point, and
+            later bridge members fitted to the float layer's answer to a noisy input.
+        gradient: where g comes from: "default_quant" (the paper's), "fisher", "float" (noise), or "none" (plain
+            squared error: on the nets measured so far the weights cost SQNR, see docs/methods.md).
         granularity, scheme: whether to search them; otherwise the recipe's are kept.
         rounds: alternations of weights and activations.
+        bridges: measure members of a bridge block by the block's output.
+        residual_term: count members of a block that are also read outside it by their own error too.
         positions: sampled per layer.
-        coarse: try every so many of the 100 candidates first; 1 is brute force.
+        coarse: try every so many of the 100 candidates first; 1 is brute force, in every round.
         one_sided: also shrink each end of an activation range alone (not in the paper).
         balance: shift and scale channels exactly where that lowers the error (per-channel granularity in a form that
             every target executes; not in the paper).
+        bias: leave each layer's mean error to its bias, which is corrected at the end (not in the paper).
         start: range setting of the incumbent that the search has to beat.
     """
 
+    variant: Variant = "ours"
     gradient: Source = "none"
     granularity: bool = True
     scheme: bool = True
     rounds: int = 3
+    bridges: bool = True
+    residual_term: bool = True
     positions: int = 1024
     coarse: int = 4
     one_sided: bool = True
     balance: bool = True
+    bias: bool = True
     start: Literal["minmax", "percentile", "mse", "kl"] = "mse"
 
 
+_PAPER = Options(
+    variant="paper", gradient="default_quant", one_sided=False, balance=False, bias=False, start="minmax"
+)
+VARIANTS: dict[str, Options] = {
+    "ours": Options(),
+    "paper": _PAPER,
+    "released": replace(_PAPER, variant="released", gradient="float", granularity=False, scheme=False),
+}
+
+
 def read_options(given: dict[str, Any]) -> Options:
-    """Options from a recipe.
+    """Options from a recipe: those of the variant, changed by what else is given.
 
     Raises:
         RecipeError: on an unknown key or a value of the wrong kind.
@@ -64,193 +89,128 @@ def read_options(given: dict[str, Any]) -> Options:
     if unknown:
         known = ", ".join(Options.__dataclass_fields__)
         raise RecipeError(f"recipe key 'options.{unknown[0]}' is not one of method qhyvit; allowed: {known}.")
-    options = replace(Options(), **given)
-    if options.gradient not in get_args(Source):
-        raise RecipeError(
-            f"recipe key 'options.gradient': {options.gradient!r}; allowed: {', '.join(get_args(Source))}."
-        )
+    _one_of("variant", given.get("variant", "ours"), tuple(VARIANTS))
+    options = replace(VARIANTS[given.get("variant", "ours")], **given)
+    _one_of("gradient", options.gradient, get_args(Source))
+    _one_of("start", options.start, ("minmax", "percentile", "mse", "kl"))
+    for key, field in Options.__dataclass_fields__.items():
+        value = getattr(options, key)
+        if field.type == "bool" and not isinstance(value, bool):
+            raise RecipeError(f"recipe key 'options.{key}': {value!r}; allowed: true, false.")
+        if field.type == "int" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise RecipeError(f"recipe key 'options.{key}': {value!r}; allowed: whole numbers from 1.")
     return options
 
 
+def _one_of(key: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise RecipeError(f"recipe key 'options.{key}': {value!r}; allowed: {', '.join(allowed)}.")
+
+
 def qhyvit(problem: Problem) -> Parameters:
-    """Scale, granularity and scheme of each operand by reconstruction error (Q-HyViT without bridge blocks yet)."""
+    """Q-HyViT: scale, granularity and scheme of each operand by reconstruction error, bridge blocks as a whole."""
     options = read_options(problem.recipe.options)
     problem.per_channel = True
     parameters = set_ranges(problem, options.start)
+    overflows = count_overflows(problem)
     samples = gather(problem, options.gradient, options.positions)
     if options.balance:
-        changed = balance_all(problem, samples, _layer_errors(problem, samples))
+        changed = balance_all(problem, samples, layer_errors(problem.graph, samples))
         if changed:
             parameters = set_ranges(problem, options.start)
             samples = gather(problem, options.gradient, options.positions)
         parameters.notes.append(f"qhyvit: {len(changed)} values shifted or scaled by channel")
-    search_all = _Search(problem, options, parameters, samples)
-    with task("Searching", len(search_all.units)) as advance:
-        for unit in search_all.units:
+    parameters.notes += overflows.notes(count_overflows(problem) if options.balance else None)
+    parameters.report["overflow"] = overflows.to_dict()
+    spaces = _spaces(problem, options)
+    search = LayerSearch(problem, parameters, samples, spaces)
+    with task("Searching", len(search.units)) as advance:
+        for unit in search.units:
             unit()
             advance(1)
+    if options.bridges and options.variant == "released":
+        _released_bridges(problem, parameters, options, spaces)
+    elif options.bridges:
+        blocks = reconstruct_bridges(
+            problem, parameters, spaces, options.gradient, residual_term=options.residual_term
+        )
+        parameters.report["bridges"] = blocks
+        parameters.notes.append(_bridge_note(blocks))
+    parameters.correct_biases = options.bias
     return parameters
 
 
-def _layer_errors(problem: Problem, samples: dict[str, Any]) -> dict[str, LayerError]:
-    """The weighted error of every sampled layer."""
-    found = {}
-    for node in problem.graph.graph.nodes:
-        sample = samples.get(node.name)
-        if not isinstance(sample, LayerSample):
-            continue
-        weight, bias = weight_of(problem.graph, node)  # type: ignore[misc]
-        groups, k = sample.x.shape[1:]
-        taps = weight[0, 0].numel() if is_call(node, CONVOLUTIONS) else 1
-        channel_of = torch.arange(groups * k).div(taps, rounding_mode="floor").view(groups, k)
-        found[node.name] = LayerError(sample, weight, bias, channel_of)
-    return found
+def _bridge_note(blocks: list[dict[str, Any]]) -> str:
+    if not blocks:
+        return "qhyvit: no bridge blocks, no attention follows convolutions"
+    before, after = (sum(b[key] for b in blocks) / len(blocks) for key in ("before", "after"))
+    return f"qhyvit: {len(blocks)} bridge blocks, mean relative error {before:.2g} before, {after:.2g} after"
 
 
-class _Search:
-    """The search over all sites of one problem; `units` are independent of each other."""
+def _spaces(problem: Problem, options: Options) -> Spaces:
+    target, zero = TARGETS[problem.recipe.target], problem.recipe.ranges.zero
+    released = options.variant == "released"
+    factors = RELEASED_FACTORS if released else FACTORS
 
-    def __init__(self, problem: Problem, options: Options, parameters: Parameters, samples: dict[str, Any]) -> None:
-        self.problem, self.options, self.parameters, self.samples = problem, options, parameters, samples
-        self.nodes = {n.name: n for n in problem.graph.graph.nodes}
-        self.weights = {s.node: s for s in problem.sites.weights}
-        self.activations = {s.value: s for s in problem.sites.activations}
-        self.target = TARGETS[problem.recipe.target]
-        inputs = {name: self._sites_of(self.nodes[name]) for name in samples if name in self.nodes}
-        layers: dict[str | None, list[str]] = {}
-        for name in self.weights:
-            if isinstance(samples.get(name), LayerSample):
-                layers.setdefault(inputs[name][0], []).append(name)
-        self.units: list[Callable[[], None]] = [partial(self._layers, s, names) for s, names in layers.items()]
-        done = {s for s in layers if s is not None}
-        for name, sample in samples.items():
-            if isinstance(sample, ProductSample):
-                self.units.append(partial(self._product, sample, inputs[name], frozenset(done)))
-                done |= {i for i in inputs[name] if i is not None}
-        for key, sample in samples.items():
-            name = key.removeprefix("value:")
-            if isinstance(sample, ValueSample) and name not in done:
-                self.units.append(partial(self._value, name, sample))
-
-    def _sites_of(self, node: fx.Node) -> list[str | None]:
-        count = 1 if is_call(node, WEIGHTED) else 2
-        return [source_site(self.problem.sites, node, i) for i in range(count)]
-
-    # One input with all layers that read it -----------------------------------------------------------------------
-
-    def _layers(self, source: str | None, names: list[str]) -> None:
-        errors = _layer_errors(self.problem, {n: self.samples[n] for n in names})
-        floats = {n: self._float_weight(n) for n in names}
-        for _ in range(self.options.rounds):
-            before = [self.parameters.activations.get(source or ""), *(self.parameters.weights[n] for n in names)]
-            for name in names:
-                self._weight(name, errors[name], floats[name], source)
-            if source is not None:
-                self._activation(source, names, errors)
-            after = [self.parameters.activations.get(source or ""), *(self.parameters.weights[n] for n in names)]
-            if all(a is b for a, b in zip(before, after, strict=True)):
-                break
-
-    def _float_weight(self, name: str) -> Tensor:
-        found = weight_of(self.problem.graph, self.nodes[name])
-        assert found is not None
-        return found[0]
-
-    def _weight(self, name: str, error: LayerError, weight: Tensor, source: str | None) -> None:
-        x = error.quantized_input(self.parameters.activations[source] if source is not None else None)
-
-        def evaluate(quantizer: UniformAffine) -> Tensor:
-            return error(x, error.grouped(quantizer(weight)))
-
-        rows = weight.flatten(1)
-        extremes = Range(weight.min(), weight.max(), rows.amin(1), rows.amax(1), 0)
-        incumbent = self.parameters.weights[name]
-        start = Choice(incumbent, float(evaluate(incumbent).sum()))
-        space = self._weight_space(self.weights[name])
-        self.parameters.weights[name] = search(space, extremes, evaluate, start, separable=True).quantizer
-
-    def _activation(self, source: str, names: list[str], errors: dict[str, LayerError]) -> None:
-        weights = {n: errors[n].grouped(self.parameters.weights[n](self._float_weight(n))) for n in names}
-        site = self.activations[source]
-        depthwise = len(names) == 1 and self.weights[names[0]].depthwise
-
-        def evaluate(quantizer: UniformAffine) -> Tensor:
-            found = [errors[n](errors[n].quantized_input(quantizer), weights[n]) for n in names]
-            return found[0] if depthwise else torch.stack([f.sum() for f in found])
-
-        self._choose_activation(site, evaluate, separable=depthwise)
-
-    # Products of activations and single values -------------------------------------------------------------------
-
-    def _product(self, sample: ProductSample, inputs: list[str | None], done: frozenset[str]) -> None:
-        left, right = inputs
-
-        def current(site: str | None, values: Tensor) -> Tensor:
-            return values if site is None else self.parameters.activations[site](values)
-
-        for _ in range(self.options.rounds):
-            before = [self.parameters.activations.get(s or "") for s in inputs]
-            if left is not None and left not in done:
-                b = current(right, sample.b)
-                self._choose_activation(
-                    self.activations[left], lambda q, b=b: product_error(sample, q(sample.a), b), per_tensor=True
-                )
-            if right is not None and right not in done:
-                a = current(left, sample.a)
-                self._choose_activation(
-                    self.activations[right], lambda q, a=a: product_error(sample, a, q(sample.b)), per_tensor=True
-                )
-            if all(self.parameters.activations.get(s or "") is b for s, b in zip(inputs, before, strict=True)):
-                break
-
-    def _value(self, name: str, sample: ValueSample) -> None:
-        """A value that no layer reads: its error is measured behind the activation function that reads it, if any."""
-        readers = [self.nodes[r] for r in self.activations[name].readers]
-        through = readers[0] if len(readers) == 1 and readers[0].target in ACTIVATIONS else None
-
-        def seen(x: Tensor) -> Tensor:
-            return x if through is None else through.target(x, *through.args[1:], **through.kwargs)  # type: ignore[operator]
-
-        target = seen(sample.x)
-        weight = torch.ones_like(sample.weight) if through is not None else sample.weight
-        self._choose_activation(
-            self.activations[name],
-            lambda q: (seen(q(sample.x)) - target).square_().mul_(weight).sum(),
-            per_tensor=True,
-        )
-
-    def _choose_activation(
-        self, site: ActivationSite, evaluate: Any, *, separable: bool = False, per_tensor: bool = False
-    ) -> None:
-        statistics = self.problem.statistics[site.value]
-        extremes = Range(statistics.low, statistics.high)
-        if not per_tensor and statistics.channel_low is not None:
-            extremes = replace(
-                extremes,
-                channel_low=statistics.channel_low,
-                channel_high=statistics.channel_high,
-                axis=site.channel_axis,
-            )
-        incumbent = self.parameters.activations[site.value]
-        start = Choice(incumbent, float(evaluate(incumbent).sum()))
-        space = self._activation_space(site)
-        chosen = search(space, extremes, evaluate, start, separable=separable)
-        self.parameters.activations[site.value] = chosen.quantizer
-
-    def _weight_space(self, site: WeightSite) -> Space:
-        asked = self.problem.bits(site)
+    def weight(site: WeightSite) -> Space:
+        asked = problem.bits(site)
         schemes: Any = (asked.weights.scheme,)
-        if self.options.scheme and self.target.asymmetric_weights:
+        if options.scheme and target.asymmetric_weights:
             schemes = ("symmetric", "asymmetric")
-        grains: Any = ("per-tensor", "per-channel") if self.options.granularity else (asked.weights.granularity,)
-        return Space(asked.weight_bits, True, schemes, grains, coarse=self.options.coarse)
-
-    def _activation_space(self, site: ActivationSite) -> Space:
-        asked = self.problem.bits(site)
-        schemes: Any = ("symmetric", "asymmetric") if self.options.scheme else (asked.activations.scheme,)
-        grains: Any = (asked.activations.granularity,)
-        if self.options.granularity and self.target.per_channel_activations:
+        grains: tuple[Granularity, ...] = (asked.weights.granularity,)
+        if options.granularity:
             grains = ("per-tensor", "per-channel")
+        if released:
+            schemes, grains = ("symmetric",), ("per-channel" if site.kind == "conv" else "per-tensor",)
+        return Space(asked.weight_bits, True, schemes, grains, zero, coarse=options.coarse, factors=factors)
+
+    def activation(site: ActivationSite) -> Space:
+        asked = problem.bits(site)
+        schemes: Any = ("symmetric", "asymmetric") if options.scheme else (asked.activations.scheme,)
+        grains: tuple[Granularity, ...] = (asked.activations.granularity,)
+        if options.granularity and target.per_channel_activations:
+            grains = ("per-tensor", "per-channel")
+        if released:
+            schemes = ("symmetric",)
+            by_channel = _read_by_groups(problem, site) and target.per_channel_activations
+            grains = ("per-channel",) if by_channel else ("per-tensor",)
         return Space(
-            asked.activation_bits, False, schemes, grains, one_sided=self.options.one_sided, coarse=self.options.coarse
+            asked.activation_bits,
+            False,
+            schemes,
+            grains,
+            zero,
+            one_sided=options.one_sided,
+            coarse=options.coarse,
+            factors=factors,
         )
+
+    return Spaces(weight, activation, options.rounds, options.bias)
+
+
+def _read_by_groups(problem: Problem, site: ActivationSite) -> bool:
+    """Whether a convolution with groups reads a value (the released code's rule for per-channel activations)."""
+    nodes = {n.name: n for n in problem.graph.graph.nodes}
+    kinds = {s.node: s.kind for s in problem.sites.weights}
+    return any(kinds.get(r) == "conv" and argument(nodes[r], "groups", 1) > 1 for r in site.readers)
+
+
+def _released_bridges(problem: Problem, parameters: Parameters, options: Options, spaces: Spaces) -> None:
+    """Fit each later member of a block to the float layer's answer to inputs that earlier members made noisy."""
+    blocks = find_bridges(problem.graph)
+    for position in range(1, max((len(b.members) for b in blocks), default=0)):
+        early = {m for b in blocks for m in b.members[:position]}
+        only = Sites(
+            tuple(s for s in problem.sites.weights if s.node in early),
+            tuple(
+                replace(s, readers=tuple(r for r in s.readers if r in early))
+                for s in problem.sites.activations
+                if any(r in early for r in s.readers)
+            ),
+        )
+        noisy = QuantizedModel(problem.graph, only, parameters, problem.recipe, {}, False).simulation(integer=False)
+        samples = gather(problem, options.gradient, options.positions, graph=noisy)
+        search = LayerSearch(problem, parameters, samples, spaces)
+        for block in blocks:
+            if position < len(block.members) and block.members[position] in samples:
+                search.layer(block.members[position])

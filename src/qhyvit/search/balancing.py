@@ -19,7 +19,7 @@ from qhyvit.graph.channels import consumers
 from qhyvit.graph.sites import ActivationSite
 from qhyvit.methods.base import Problem
 from qhyvit.quantizers.uniform import uniform_from_range
-from qhyvit.search.operands import LayerError
+from qhyvit.search.errors import LayerError
 
 EXPONENTS = (0.25, 0.5, 0.75)
 SHRINK = (1.0, 0.85, 0.7, 0.55, 0.4)

@@ -1,8 +1,8 @@
-"""Coarse-to-fine search over scale candidates, all channels at once.
+"""Coarse-to-fine search over scale candidates, many candidates and all channels at once.
 
-The candidates are factors f on a base range: `linspace(0.01, 1.2, 100)` (Q-HyViT with the released bounds). Evaluating
-each one is the expensive part, so every fourth is tried first and then the neighbours of the best ones; where channels
-are separable each channel walks on its own. Brute force over all candidates is `coarse=1`.
+The candidates are factors f on a base range: `linspace(0.01, 1.2, 100)` (Q-HyViT with the released bounds). Every
+fourth is tried first and then the neighbours of the best ones; where channels are separable each channel walks on its
+own. Brute force over all candidates is `coarse=1`.
 """
 
 from __future__ import annotations
@@ -13,38 +13,48 @@ import torch
 from torch import Tensor
 
 FACTORS = torch.linspace(0.01, 1.2, 100)
-Errors = Callable[[Tensor], Tensor]  # factors (C,) → errors (C,), or a single one for all
+Errors = Callable[[Tensor], Tensor]  # factors (B, C) → errors (B, C), or (B, 1) each for all channels
 
 
-def best_factors(errors: Errors, channels: int, *, coarse: int = 4, around: int = 2) -> tuple[Tensor, Tensor]:
+def best_factors(
+    errors: Errors,
+    channels: int,
+    *,
+    factors: Tensor = FACTORS,
+    coarse: int = 4,
+    around: int = 2,
+    exact: Errors | None = None,
+    recheck: int = 4,
+) -> tuple[Tensor, Tensor]:
     """Candidates of least error.
 
     Args:
-        errors: error of a vector of factors, one for each separable channel (C = 1: one for the whole tensor).
+        errors: errors of B candidates, a factor for each separable channel (C = 1: one for the whole tensor).
         channels: C.
+        factors: the candidates (n,), ascending.
         coarse: try every so many candidates first.
         around: then the neighbours of so many of the best ones.
+        exact: where `errors` is an approximation: decides between its best candidates.
+        recheck: how many those are, per channel.
 
     Returns:
         Factors (C,) and their errors (C,).
     """
-    n = len(FACTORS)
+    n = len(factors)
+    first = torch.arange(n - 1, -1, -coarse)
+    index = first[:, None].expand(-1, channels)
     table = torch.full((n, channels), torch.inf)
-    first = list(range(n - 1, -1, -coarse))
-    for i in first:
-        table[i] = errors(FACTORS[i].expand(channels))
+    table[first] = errors(factors[index]).cpu()
     if coarse > 1:
-        best = table.topk(min(around, len(first)), dim=0, largest=False).indices
-        for centre in best:
-            for step in [s for d in range(1, coarse) for s in (d, -d)]:
-                _try(table, errors, (centre + step).clamp(0, n - 1))
+        centres = table.topk(min(around, len(first)), dim=0, largest=False).indices
+        steps = torch.tensor([s for d in range(1, coarse) for s in (d, -d)])
+        near = (centres[:, None] + steps[None, :, None]).flatten(0, 1).clamp(0, n - 1)
+        near = near if channels > 1 else near.unique().view(-1, 1)
+        table.scatter_(0, near, errors(factors[near]).cpu())
+    if exact is not None:
+        index = table.topk(min(recheck, n), dim=0, largest=False).indices
+        decided = exact(factors[index]).cpu()
+        least = decided.argmin(0, keepdim=True)
+        return factors[index.gather(0, least)[0]], decided.gather(0, least)[0]
     index = table.argmin(0)
-    return FACTORS[index], table.gather(0, index[None])[0]
-
-
-def _try(table: Tensor, errors: Errors, index: Tensor) -> None:
-    """Evaluate one candidate for each channel, unless all of them are known already."""
-    known = table.gather(0, index[None])[0]
-    if bool(known.isfinite().all()):
-        return
-    table.scatter_(0, index[None], errors(FACTORS[index])[None])
+    return factors[index], table.gather(0, index[None])[0]

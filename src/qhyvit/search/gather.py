@@ -25,19 +25,47 @@ from qhyvit.quantized import QuantizedModel
 
 BATCH = 4  # pictures at a time: all inner gradients of a batch are held at once
 SLICES = 32  # heads × pictures kept of a product of activations
-ROWS = 256
+ROWS = 64
 VALUES = 32768
 
 
-def gather(problem: Problem, source: Source, positions: int) -> dict[str, Any]:
+class Gradients:
+    """∂L/∂value of inner values of a net, from one of the sources.
+
+    Args:
+        problem: the net; its recipe's seed draws labels.
+        source: "default_quant" (Q-HyViT's), "fisher", "float" (rounding noise, as the released code's), or "none".
+    """
+
+    def __init__(self, problem: Problem, source: Source) -> None:
+        self._graph, self._source = problem.graph, source
+        self._default = _default_quantized(problem) if source == "default_quant" else problem.graph
+        self._generator = torch.Generator().manual_seed(problem.recipe.seed)
+
+    def of(self, names: set[str], images: Tensor) -> dict[str, Tensor]:
+        """By name, in the value's shape; nothing for source "none"."""
+        if self._source == "none":
+            return {}
+        with torch.no_grad():
+            reference = self._graph(images)
+        if self._source == "fisher":
+            return gradients(self._graph, names, images, sampled_label_loss(reference, self._generator))
+        return gradients(self._default, names, images, kl_to_float(reference))
+
+
+def gather(
+    problem: Problem, source: Source, positions: int, *, graph: fx.GraphModule | None = None
+) -> dict[str, Any]:
     """Samples by node name (layers and products) and by "value:" + name (all activation sites).
 
     Args:
         problem: the net; its recipe's seed draws the positions.
         source: where gradients come from.
         positions: to keep per layer.
+        graph: where inputs and outputs are sampled, with the nodes of the problem's; default: the float graph.
     """
-    default = _default_quantized(problem) if source == "default_quant" else None
+    graph = problem.graph if graph is None else graph
+    g = Gradients(problem, source)
     layers = [s.node for s in problem.sites.weights if _supported(problem.graph, s.node)]
     products = [n.name for n in problem.graph.graph.nodes if is_call(n, MATMUL) and _has_site(problem, n)]
     values = [s.value for s in problem.sites.activations]
@@ -47,9 +75,8 @@ def gather(problem: Problem, source: Source, positions: int) -> dict[str, Any]:
     with task("Sampling", problem.picture_count) as advance:
         for batch in problem.pictures():
             for images in torch.split(batch, BATCH):
-                wanted = {*layers, *products, *values}
-                g = _gradients(problem.graph, default, wanted, images, source, generator)
-                _sample(problem.graph, images, g, (layers, products, values), share, positions, generator, parts)
+                found = g.of({*layers, *products, *values}, images)
+                _sample(graph, images, found, (layers, products, values), share, positions, generator, parts)
                 advance(len(images))
     return {name: _joined(found) for name, found in parts.items()}
 
@@ -59,24 +86,6 @@ def _default_quantized(problem: Problem) -> fx.GraphModule:
     return QuantizedModel(
         problem.graph, problem.sites, set_ranges(problem, "minmax"), problem.recipe, {}, False
     ).simulation(integer=False)
-
-
-def _gradients(
-    graph: fx.GraphModule,
-    default: fx.GraphModule | None,
-    names: set[str],
-    images: Tensor,
-    source: Source,
-    generator: torch.Generator,
-) -> dict[str, Tensor]:
-    if source == "none":
-        return {}
-    with torch.no_grad():
-        reference = graph(images)
-    if source == "fisher":
-        return gradients(graph, names, images, sampled_label_loss(reference, generator))
-    assert default is not None
-    return gradients(default, names, images, kl_to_float(reference))
 
 
 def _sample(

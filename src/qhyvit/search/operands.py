@@ -1,21 +1,25 @@
-"""Choosing scale, scheme and granularity of one operand so that the weighted error of a product is least.
+"""Choosing scale, scheme and granularity of one operand so that an error is least.
 
-E = Σ_n Σ_o g_no² (ô_no - o_no)² on sampled positions (Q-HyViT, arXiv 2303.12557, the objective), with the other operand
-as it stands. A choice replaces the incumbent only if its error is strictly lower, so the objective never rises.
+A choice replaces the incumbent only if its error is strictly lower, so the objective never rises (Q-HyViT, arXiv
+2303.12557, the search of one operand with the other as it stands).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from qhyvit.calibration.samples import LayerSample, ProductSample
-from qhyvit.quantizers.uniform import Scheme, UniformAffine, uniform_from_range
+from qhyvit.quantizers.uniform import Scheme, UniformAffine, Zero, uniform_from_range
 from qhyvit.recipe import Granularity
-from qhyvit.search.factors import best_factors
+from qhyvit.search.candidates import Candidates
+from qhyvit.search.factors import FACTORS, best_factors
+
+# Around the incumbent, once the whole grid has been searched: its range times these.
+LOCAL = torch.tensor([0.7, 0.8, 0.86, 0.9, 0.93, 0.95, 0.97, 0.985, 1.015, 1.03, 1.06, 1.1, 1.16])
 
 
 @dataclass(frozen=True)
@@ -25,21 +29,25 @@ class Space:
     Attributes:
         bits, signed: of the codes.
         schemes, granularities: allowed ones.
+        zero: what becomes of ranges without 0, see `affine_parameters`.
         one_sided: also shrink each end of an asymmetric range alone (not in the paper).
         coarse: see `best_factors`; 1 is brute force.
+        factors: the candidates on the base range.
     """
 
     bits: int
     signed: bool
     schemes: tuple[Scheme, ...]
     granularities: tuple[Granularity, ...]
+    zero: Zero = "extend"
     one_sided: bool = False
     coarse: int = 4
+    factors: Tensor = field(default=FACTORS, compare=False)
 
 
 @dataclass
 class Range:
-    """Extremes of an operand: per tensor, and per channel along an axis of the operand's own layout."""
+    """Extremes of an operand: per tensor (), and per channel (C,) along an axis of the operand's own layout."""
 
     low: Tensor
     high: Tensor
@@ -56,21 +64,51 @@ class Choice:
     error: float
 
 
-Evaluate = Callable[[UniformAffine], Tensor]
-"""Errors of a quantizer: (C,) where its channels are separable, else one number."""
+Evaluate = Callable[[Candidates], Tensor]
+"""Errors of B candidates: (B, C) where the operand's channels are separable, else (B, 1) or (B, anything) to sum."""
 
 
-def search(space: Space, extremes: Range, evaluate: Evaluate, incumbent: Choice, *, separable: bool) -> Choice:
+def search(
+    space: Space,
+    extremes: Range,
+    evaluate: Evaluate,
+    incumbent: Choice,
+    *,
+    separable: bool,
+    exact: Evaluate | None = None,
+    local: bool = False,
+) -> Choice:
     """The best quantizer of one operand, or the incumbent.
 
     Args:
         space: what is allowed.
         extremes: base ranges.
-        evaluate: errors of a candidate.
-        incumbent: what to beat.
+        evaluate: errors of candidates.
+        incumbent: what to beat; its error is exact.
         separable: whether a channel's error depends on that channel's quantizer only.
+        exact: where `evaluate` is an approximation, the error that decides between its best.
+        local: only look around the incumbent.
     """
     best = incumbent
+    for scheme, base, axis, factors in _starts(space, extremes, incumbent, local):
+        walk = _Walk(space, scheme, axis, evaluate, exact, separable and axis is not None, factors, local)
+        found = walk.run(*base)
+        if found.error < best.error:
+            best = found
+    return best
+
+
+def _starts(
+    space: Space, extremes: Range, incumbent: Choice, local: bool
+) -> Iterator[tuple[Scheme, tuple[Tensor, Tensor], int | None, Tensor]]:
+    if local:
+        q = incumbent.quantizer
+        step, zero = q.scale.float(), q.zero_point.float()
+        ends = ((q.quant_min - zero) * step, (q.quant_max - zero) * step)
+        if q.scheme == "symmetric":  # the base of a symmetric scale is half a step below the outermost code
+            ends = (-step * (2 ** (q.bits - 1) - 0.5), step * (2 ** (q.bits - 1) - 0.5))
+        yield q.scheme, ends, q.axis, LOCAL
+        return
     for granularity in space.granularities:
         low, high, axis = extremes.low, extremes.high, None
         if granularity == "per-channel":
@@ -78,110 +116,63 @@ def search(space: Space, extremes: Range, evaluate: Evaluate, incumbent: Choice,
                 continue
             low, high, axis = extremes.channel_low, extremes.channel_high, extremes.axis
         for scheme in space.schemes:
-            sides = ("both", "low", "high") if space.one_sided and scheme == "asymmetric" else ("both",)
-            found = _walk(space, scheme, sides, (low.float(), high.float()), axis, evaluate, separable)
-            if found.error < best.error:
-                best = found
-    return best
+            yield scheme, (low.float(), high.float()), axis, space.factors
 
 
-def _walk(
-    space: Space,
-    scheme: Scheme,
-    sides: tuple[str, ...],
-    ends: tuple[Tensor, Tensor],
-    axis: int | None,
-    evaluate: Evaluate,
-    separable: bool,
-) -> Choice:
-    """Shrink both ends of a range together, then each alone from where the last step left the other."""
-    base_low, base_high = ends
-    low, high = ends
-    each = separable and axis is not None
-    best: Choice | None = None
-    for side in sides:
+@dataclass(frozen=True)
+class _Walk:
+    """Shrinks both ends of a range together, then each alone from where the last step left the other."""
 
-        def at(factors: Tensor, side: str = side, low: Tensor = low, high: Tensor = high) -> tuple[Tensor, Tensor]:
-            f = factors if factors.numel() > 1 else factors.reshape(())
+    space: Space
+    scheme: Scheme
+    axis: int | None
+    evaluate: Evaluate
+    exact: Evaluate | None
+    each: bool
+    factors: Tensor
+    local: bool
+
+    def run(self, low: Tensor, high: Tensor) -> Choice:
+        base = (low, high)
+        sides = ("both", "low", "high") if self.space.one_sided and self.scheme == "asymmetric" else ("both",)
+        ends, best = base, None
+        for side in sides:
+            found, moved = self._side(side, base, ends)
+            if best is None or found.error < best.error:
+                best, ends = found, moved
+        assert best is not None
+        return best
+
+    def _side(
+        self, side: str, base: tuple[Tensor, Tensor], ends: tuple[Tensor, Tensor]
+    ) -> tuple[Choice, tuple[Tensor, Tensor]]:
+        channels = base[0].numel()
+
+        def at(f: Tensor) -> tuple[Tensor, Tensor]:
             if side == "low":
-                return torch.minimum(f * base_low, high), high
+                return torch.minimum(f * base[0], ends[1]), ends[1].expand(f.shape[0], channels)
             if side == "high":
-                return low, torch.maximum(f * base_high, low)
-            return f * base_low, f * base_high
+                return ends[0].expand(f.shape[0], channels), torch.maximum(f * base[1], ends[0])
+            return f * base[0], f * base[1]
 
-        def build(factors: Tensor, at: Callable[[Tensor], tuple[Tensor, Tensor]] = at) -> UniformAffine:
-            bottom, top = at(factors)
-            return uniform_from_range(bottom, top, bits=space.bits, scheme=scheme, signed=space.signed, axis=axis)
+        def errors(evaluate: Evaluate) -> Callable[[Tensor], Tensor]:
+            def of(f: Tensor) -> Tensor:
+                ranges = at(f.to(base[0].device))
+                found = evaluate(Candidates.from_ranges(*ranges, scheme=self.scheme, **self._kind()))
+                return found if self.each else found.sum(1, keepdim=True)
 
-        def errors(factors: Tensor, build: Callable[[Tensor], UniformAffine] = build) -> Tensor:
-            found = evaluate(build(factors))
-            return found if each else found.sum().view(1)
+            return of
 
-        factors, error = best_factors(errors, base_low.numel() if each else 1, coarse=space.coarse)
-        total = float(error.sum())
-        if best is None or total < best.error:
-            best = Choice(build(factors), total)
-            low, high = at(factors)
-    assert best is not None
-    return best
-
-
-class LayerError:
-    """Weighted error of one convolution or linear on its sample.
-
-    Args:
-        sample: what to measure on.
-        weight: float (C_out, …).
-        bias: (C_out,) or None.
-        channel_of: input channel of each (group, k), (groups, K), for per-channel activation scales.
-    """
-
-    def __init__(self, sample: LayerSample, weight: Tensor, bias: Tensor | None, channel_of: Tensor) -> None:
-        self.x = sample.x.transpose(0, 1).contiguous()  # (G, M, K)
-        self.weight = weight.view(len(self.x), -1, self.x.shape[2]).transpose(1, 2)  # (G, K, O)
-        groups = len(self.x)
-        self.shape = weight.shape
-        target = sample.y if bias is None else sample.y - bias.view(groups, -1)
-        self._target = target.transpose(0, 1).contiguous()  # (G, M, O)
-        self._weight = sample.weight.transpose(0, 1).contiguous()
-        self._channel_of = channel_of
-
-    def grouped(self, weight: Tensor) -> Tensor:
-        """A weight (C_out, …) as (G, K, O)."""
-        return weight.view(len(self.x), -1, self.x.shape[2]).transpose(1, 2)
-
-    def quantized_input(self, quantizer: UniformAffine | None) -> Tensor:
-        """The sampled inputs through a quantizer, (G, M, K)."""
-        if quantizer is None:
-            return self.x
-        if quantizer.axis is None:
-            coded: Tensor = quantizer(self.x)
-            return coded
-        spread = UniformAffine(
-            quantizer.scale[self._channel_of.flatten()],
-            quantizer.zero_point[self._channel_of.flatten()],
-            bits=quantizer.bits,
-            signed=quantizer.signed,
-            axis=1,
-            scheme=quantizer.scheme,
+        factors, error = best_factors(
+            errors(self.evaluate),
+            channels if self.each else 1,
+            factors=self.factors,
+            coarse=1 if self.local else self.space.coarse,
+            exact=None if self.exact is None else errors(self.exact),
         )
-        groups, m, k = self.x.shape
-        flat = self.x.transpose(0, 1).reshape(m, groups * k)
-        out: Tensor = spread(flat)
-        return out.view(m, groups, k).transpose(0, 1)
+        low, high = (end.reshape(base[0].shape) for end in at(factors[None].to(base[0].device)))
+        quantizer = uniform_from_range(low, high, scheme=self.scheme, axis=self.axis, **self._kind())
+        return Choice(quantizer, float(error.sum())), (low, high)
 
-    def per_position(self, channels: Tensor) -> Tensor:
-        """Values per input channel (C_in,) at every row of the grouped weight, (G, K, 1)."""
-        return channels[self._channel_of].unsqueeze(-1)
-
-    def __call__(self, x: Tensor, weight: Tensor, rest: Tensor | None = None) -> Tensor:
-        """Errors per output channel (C_out,) of inputs (G, M, K) with weights (G, K, O), `rest` (G, 1, O) added."""
-        out = torch.bmm(x, weight)
-        if rest is not None:
-            out += rest
-        return out.sub_(self._target).square_().mul_(self._weight).sum(1).flatten()
-
-
-def product_error(sample: ProductSample, a: Tensor, b: Tensor) -> Tensor:
-    """Weighted error of a matmul of activations, one number."""
-    return torch.bmm(a, b).sub_(sample.y).square_().mul_(sample.weight).sum()
+    def _kind(self) -> dict[str, Any]:
+        return {"bits": self.space.bits, "signed": self.space.signed, "zero": self.space.zero}

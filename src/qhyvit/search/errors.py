@@ -1,0 +1,161 @@
+"""Weighted output errors of many candidates at once, on sampled positions.
+
+E = Σ_n Σ_o w_no (ô_no - o_no)², w = importance × g² (Q-HyViT, arXiv 2303.12557, the objective). With `centred`, each
+output channel's mean error is taken out first: that is the error once its bias is corrected for it, which costs a
+runtime nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from qhyvit.calibration.samples import LayerSample, ProductSample
+from qhyvit.quantizers.uniform import UniformAffine
+from qhyvit.search.candidates import Candidates
+
+_CELLS = 1 << 20  # numbers of a temporary at once, so that it stays in a core's cache
+
+
+def in_chunks(cells: int, evaluate: Callable[[Candidates], Tensor], candidates: Candidates) -> Tensor:
+    """Evaluate candidates that need `cells` numbers each, a few at a time."""
+    return torch.cat([evaluate(piece) for piece in candidates.split(max(1, _CELLS // max(cells, 1)))])
+
+
+class LayerError:
+    """Weighted error of one convolution or linear on its sample.
+
+    Args:
+        sample: what to measure on.
+        weight: float (C_out, …).
+        bias: (C_out,) or None.
+        channel_of: input channel of each (group, k), (G, K), for per-channel activation scales.
+        centred: see the module.
+    """
+
+    def __init__(
+        self, sample: LayerSample, weight: Tensor, bias: Tensor | None, channel_of: Tensor, *, centred: bool = False
+    ) -> None:
+        self.x = sample.x.transpose(0, 1).contiguous()  # (G, M, K)
+        self.groups, self.positions, self.k = self.x.shape
+        self.shape, self.centred, self.channel_of = weight.shape, centred, channel_of
+        self.weight = self.grouped(weight)
+        self.outputs = self.weight.shape[2]
+        target = sample.y if bias is None else sample.y - bias.view(self.groups, -1)
+        self.target = target.transpose(0, 1).contiguous()  # (G, M, O)
+        self.importance = sample.weight.transpose(0, 1).contiguous()
+        self.total = self.importance.sum(1)
+        first = self.importance[:, :, :1]
+        self.uniform = bool((self.importance == first).all())  # the same weight for all outputs of a position
+
+    def grouped(self, weight: Tensor) -> Tensor:
+        """A weight (C_out, …) as (G, K, O)."""
+        return weight.reshape(self.groups, -1, self.k).transpose(1, 2)
+
+    def quantized_input(self, quantizer: UniformAffine | None) -> Tensor:
+        """The sampled inputs through a quantizer, (G, M, K)."""
+        return self.x if quantizer is None else self.coded(Candidates.of(quantizer))[0]
+
+    def coded(self, candidates: Candidates) -> Tensor:
+        """The sampled inputs through each candidate, (B, G, M, K)."""
+        return candidates(self.x, self.channel_of[:, None, :])
+
+    def per_position(self, channels: Tensor) -> Tensor:
+        """Values per input channel (C_in,) at every row of the grouped weight, (G, K, 1)."""
+        return channels[self.channel_of].unsqueeze(-1)
+
+    def residual(self, x: Tensor, weight: Tensor, rest: Tensor | None = None) -> Tensor:
+        """Output minus target of inputs (…, G, M, K) with weights (G, K, O), `rest` (G, 1, O) added: (…, G, M, O)."""
+        if self.k * self.outputs <= 32:  # depthwise: too small for a product of matrices
+            out = (x.unsqueeze(-1) * weight.unsqueeze(1)).sum(-2)
+        elif x.ndim == 4 and self.groups == 1:
+            out = (x.flatten(0, 2) @ weight[0]).view(*x.shape[:-1], -1)
+        else:
+            out = x @ weight
+        if rest is not None:
+            out += rest
+        return out.sub_(self.target)
+
+    def __call__(self, x: Tensor, weight: Tensor, rest: Tensor | None = None) -> Tensor:
+        """Errors per output channel, (…, C_out), of inputs (…, G, M, K) with weights (G, K, O)."""
+        e = self.residual(x, weight, rest)
+        error = (e.square() * self.importance).sum(-2)
+        if self.centred:
+            error -= (e * self.importance).sum(-2).square() / self.total
+        return error.flatten(-2)
+
+    def inputs(self, candidates: Candidates, weight: Tensor) -> Tensor:
+        """Errors (B, C_out) of candidates for the input with weights (G, K, O)."""
+        cells = self.groups * self.positions * max(self.k, self.outputs)
+        return in_chunks(cells, lambda c: self(self.coded(c), weight), candidates)
+
+    def shift(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The weighted mean error of each output channel, (C_out,): what its bias has to lose."""
+        return ((self.residual(x, weight) * self.importance).sum(-2) / self.total).flatten()
+
+
+class WeightError:
+    """Errors of candidate weights of a layer, its input fixed, by Gram matrices instead of running the layer.
+
+    With e_n = ΔW x_n + r_n and r_n = W x_n - o_n: Σ w e² = ΔW G ΔWᵀ + 2 ΔW c + const, G = Σ w x xᵀ and c = Σ w r x. If
+    positions weigh alike for all outputs this is exact; else G and c are taken with the mean weight of a position, and
+    `exact` decides.
+
+    Args:
+        layer: the layer's error.
+        x: its (quantized) inputs (G, M, K).
+        weight: float, (C_out, …).
+    """
+
+    def __init__(self, layer: LayerError, x: Tensor, weight: Tensor) -> None:
+        self.layer, self.x = layer, x
+        self.rows = weight.reshape(layer.groups, layer.outputs, layer.k)  # (G, O, K)
+        b = layer.importance.mean(2, keepdim=True)  # (G, M, 1)
+        r = layer.residual(x, layer.grouped(weight))
+        if layer.centred:
+            share = b / b.sum(1, keepdim=True)
+            x, r = x - (x * share).sum(1, keepdim=True), r - (r * share).sum(1, keepdim=True)
+        self.gram = x.transpose(1, 2) @ (x * b)  # (G, K, K)
+        self.cross = (r * b).transpose(1, 2) @ x  # (G, O, K)
+        self.rest = (r.square() * b).sum(1)  # (G, O)
+        self.scale = layer.importance.mean(1) / b.mean(1)  # (G, O)
+
+    def coded(self, candidates: Candidates) -> Tensor:
+        """The weight through each candidate, (B, G, O, K)."""
+        outputs = torch.arange(self.rows.shape[0] * self.rows.shape[1]).view(*self.rows.shape[:2], 1)
+        return candidates(self.rows, outputs)
+
+    def __call__(self, candidates: Candidates) -> Tensor:
+        """Errors (B, C_out)."""
+
+        def errors(c: Candidates) -> Tensor:
+            d = self.coded(c).sub_(self.rows)
+            product = torch.einsum("bgok,gkl->bgol", d, self.gram).add_(self.cross, alpha=2)
+            return ((product * d).sum(-1) + self.rest).mul_(self.scale).flatten(1)
+
+        return in_chunks(self.rows.numel(), errors, candidates)
+
+    def exact(self, candidates: Candidates) -> Tensor:
+        """Errors (B, C_out) by running the layer."""
+        return torch.stack(
+            [self.layer(self.x, w.transpose(1, 2)) for c in candidates.split(1) for w in self.coded(c)]
+        )
+
+
+def product_error(sample: ProductSample, a: Tensor, b: Tensor) -> Tensor:
+    """Weighted errors (…,) of matmuls of activations (…, S, n, k), (…, S, k, m)."""
+    return (a @ b).sub_(sample.y).square_().mul_(sample.weight).flatten(-3).sum(-1)
+
+
+def product_errors(sample: ProductSample, operand: str, other: Tensor, candidates: Candidates) -> Tensor:
+    """Errors (B, 1) of candidates for operand "a" or "b" of a matmul, the other one fixed."""
+    x: Tensor = getattr(sample, operand)
+    heads = sample.head[:, None, None]
+
+    def errors(c: Candidates) -> Tensor:
+        coded = c(x, heads)
+        return (product_error(sample, coded, other) if operand == "a" else product_error(sample, other, coded))[:, None]
+
+    return in_chunks(max(x.numel(), sample.y.numel()), errors, candidates)

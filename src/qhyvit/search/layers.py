@@ -1,0 +1,217 @@
+"""The search over all sites of a net, operator by operator, on samples of the float network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from qhyvit.calibration.samples import LayerSample, ProductSample, ValueSample
+from qhyvit.graph.ops import ACTIVATIONS, CONVOLUTIONS, WEIGHTED, is_call, weight_of
+from qhyvit.graph.sites import ActivationSite, WeightSite, source_site
+from qhyvit.methods.base import Problem
+from qhyvit.quantized import Parameters
+from qhyvit.search.candidates import Candidates
+from qhyvit.search.errors import LayerError, WeightError, in_chunks, product_errors
+from qhyvit.search.operands import Choice, Evaluate, Range, Space, search
+
+ActivationSpace = Callable[[ActivationSite], Space]
+WeightSpace = Callable[[WeightSite], Space]
+
+
+@dataclass(frozen=True)
+class Spaces:
+    """What may be chosen for each site.
+
+    Attributes:
+        weight, activation: the space of a site.
+        rounds: alternations of the operands; the first one searches the whole space, later ones around the incumbent,
+            unless `space.coarse` is 1 (brute force).
+        centred: measure layers without their mean error, see `search.errors`.
+    """
+
+    weight: WeightSpace
+    activation: ActivationSpace
+    rounds: int = 3
+    centred: bool = False
+
+
+def layer_errors(graph: fx.GraphModule, samples: dict[str, Any], *, centred: bool = False) -> dict[str, LayerError]:
+    """The weighted error of every sampled layer, by node name."""
+    found = {}
+    for node in graph.graph.nodes:
+        sample = samples.get(node.name)
+        if not isinstance(sample, LayerSample):
+            continue
+        weight, bias = weight_of(graph, node)  # type: ignore[misc]
+        groups, k = sample.x.shape[1:]
+        taps = weight[0, 0].numel() if is_call(node, CONVOLUTIONS) else 1
+        channel_of = torch.arange(groups * k).div(taps, rounding_mode="floor").view(groups, k)
+        found[node.name] = LayerError(sample, weight, bias, channel_of, centred=centred)
+    return found
+
+
+class LayerSearch:
+    """The search over all sites of one problem; `units` are independent of each other.
+
+    Args:
+        problem: the net.
+        parameters: incumbents, replaced by what is found.
+        samples: what `gather` gave.
+        spaces: what may be chosen.
+    """
+
+    def __init__(
+        self, problem: Problem, parameters: Parameters, samples: dict[str, Any], spaces: Spaces
+    ) -> None:
+        self.problem, self.parameters, self.samples, self.spaces = problem, parameters, samples, spaces
+        self.nodes = {n.name: n for n in problem.graph.graph.nodes}
+        self.weights = {s.node: s for s in problem.sites.weights}
+        self.activations = {s.value: s for s in problem.sites.activations}
+        self.units = list(self._units())
+
+    def _units(self) -> Iterator[Callable[[], None]]:
+        inputs = {name: self._sites_of(self.nodes[name]) for name in self.samples if name in self.nodes}
+        layers: dict[str | None, list[str]] = {}
+        for name in self.weights:
+            if isinstance(self.samples.get(name), LayerSample):
+                layers.setdefault(inputs[name][0], []).append(name)
+        for source, names in layers.items():
+            yield partial(self.layers, source, names)
+        done = {s for s in layers if s is not None}
+        for name, sample in self.samples.items():
+            if isinstance(sample, ProductSample):
+                yield partial(self._product, name, sample, inputs[name], frozenset(done))
+                done |= {i for i in inputs[name] if i is not None}
+        for key, sample in self.samples.items():
+            name = key.removeprefix("value:")
+            if isinstance(sample, ValueSample) and name not in done:
+                yield partial(self._value, name, sample)
+
+    def _sites_of(self, node: fx.Node) -> list[str | None]:
+        count = 1 if is_call(node, WEIGHTED) else 2
+        return [source_site(self.problem.sites, node, i) for i in range(count)]
+
+    def _local(self, round_: int, space: Space) -> bool:
+        return round_ > 0 and space.coarse > 1
+
+    # One input with all layers that read it -----------------------------------------------------------------------
+
+    def layers(self, source: str | None, names: list[str]) -> None:
+        """Weights of some layers and their common input, in turn."""
+        samples = {n: self.samples[n] for n in names}
+        errors = layer_errors(self.problem.graph, samples, centred=self.spaces.centred)
+        chosen = self.parameters
+        for round_ in range(self.spaces.rounds):
+            before = [chosen.activations.get(source or ""), *(chosen.weights[n] for n in names)]
+            for name in names:
+                self._weight(name, errors[name], source, round_)
+            if source is not None:
+                self._activation(source, names, errors, round_)
+            after = [chosen.activations.get(source or ""), *(chosen.weights[n] for n in names)]
+            if all(a is b for a, b in zip(before, after, strict=True)):
+                break
+
+    def layer(self, name: str) -> None:
+        """One layer and its input alone."""
+        self.layers(self._sites_of(self.nodes[name])[0], [name])
+
+    def float_weight(self, name: str) -> Tensor:
+        """The float weight of a layer."""
+        found = weight_of(self.problem.graph, self.nodes[name])
+        assert found is not None
+        return found[0]
+
+    def _weight(self, name: str, error: LayerError, source: str | None, round_: int) -> None:
+        weight, incumbent = self.float_weight(name), self.parameters.weights[name]
+        x = error.quantized_input(self.parameters.activations[source] if source is not None else None)
+        grams = WeightError(error, x, weight)
+        rows = weight.flatten(1)
+        extremes = Range(weight.min(), weight.max(), rows.amin(1), rows.amax(1), 0)
+        exact = None if error.uniform else grams.exact
+        start = Choice(incumbent, float((exact or grams)(Candidates.of(incumbent)).sum()))
+        space = self.spaces.weight(self.weights[name])
+        found = search(
+            space, extremes, grams, start, separable=True, exact=exact, local=self._local(round_, space)
+        )
+        self.parameters.weights[name] = found.quantizer
+
+    def _activation(self, source: str, names: list[str], errors: dict[str, LayerError], round_: int) -> None:
+        weights = {n: errors[n].grouped(self.parameters.weights[n](self.float_weight(n))) for n in names}
+        depthwise = len(names) == 1 and self.weights[names[0]].depthwise
+
+        def evaluate(candidates: Candidates) -> Tensor:
+            found = [errors[n].inputs(candidates, weights[n]) for n in names]
+            return found[0] if depthwise else torch.stack([f.sum(1) for f in found], 1)
+
+        self._choose(self.activations[source], evaluate, round_, separable=depthwise)
+
+    # Products of activations and single values -------------------------------------------------------------------
+
+    def _product(self, name: str, sample: ProductSample, inputs: list[str | None], done: frozenset[str]) -> None:
+        operands: list[tuple[str, str | None, str, str | None]] = [("a", inputs[0], "b", inputs[1])]
+        operands.append(("b", inputs[1], "a", inputs[0]))
+        for round_ in range(self.spaces.rounds):
+            before = [self.parameters.activations.get(s or "") for s in inputs]
+            for operand, site, other, other_site in operands:
+                if site is None or site in done:
+                    continue
+                fixed: Tensor = getattr(sample, other)
+                if other_site is not None:
+                    heads = sample.head[:, None, None]
+                    fixed = Candidates.of(self.parameters.activations[other_site])(fixed, heads)[0]
+                evaluate = partial(product_errors, sample, operand, fixed)
+                direct = any(a.name == site for a in self.nodes[name].all_input_nodes)
+                by_head = direct and len(self.activations[site].shape) == 4
+                self._choose(self.activations[site], evaluate, round_, per_channel=by_head)
+            if all(self.parameters.activations.get(s or "") is b for s, b in zip(inputs, before, strict=True)):
+                break
+
+    def _value(self, name: str, sample: ValueSample) -> None:
+        """A value that no layer reads: its error is measured behind the activation function that reads it, if any."""
+        readers = [self.nodes[r] for r in self.activations[name].readers]
+        through = readers[0] if len(readers) == 1 and readers[0].target in ACTIVATIONS else None
+
+        def seen(x: Tensor) -> Tensor:
+            return x if through is None else through.target(x, *through.args[1:], **through.kwargs)  # type: ignore[operator]
+
+        target = seen(sample.x)
+        weight = torch.ones_like(sample.weight) if through is not None else sample.weight
+
+        def evaluate(candidates: Candidates) -> Tensor:
+            def errors(c: Candidates) -> Tensor:
+                return (seen(c(sample.x)) - target).square_().mul_(weight).sum(1, keepdim=True)
+
+            return in_chunks(sample.x.numel(), errors, candidates)
+
+        self._choose(self.activations[name], evaluate, 0, per_channel=False)
+
+    def _choose(
+        self,
+        site: ActivationSite,
+        evaluate: Evaluate,
+        round_: int,
+        *,
+        separable: bool = False,
+        per_channel: bool = True,
+    ) -> None:
+        statistics = self.problem.statistics[site.value]
+        extremes = Range(statistics.low, statistics.high)
+        if per_channel and statistics.channel_low is not None:
+            extremes = replace(
+                extremes,
+                channel_low=statistics.channel_low,
+                channel_high=statistics.channel_high,
+                axis=site.channel_axis,
+            )
+        incumbent = self.parameters.activations[site.value]
+        start = Choice(incumbent, float(evaluate(Candidates.of(incumbent)).sum()))
+        space = self.spaces.activation(site)
+        chosen = search(
+            space, extremes, evaluate, start, separable=separable, local=self._local(round_, space)
+        )
+        self.parameters.activations[site.value] = chosen.quantizer

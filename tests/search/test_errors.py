@@ -1,0 +1,97 @@
+"""Errors of many candidates at once against one candidate at a time, written out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from qhyvit.calibration.samples import LayerSample, ProductSample
+from qhyvit.quantizers.uniform import uniform_from_range
+from qhyvit.search.candidates import Candidates
+from qhyvit.search.errors import LayerError, WeightError, product_errors
+
+
+def case(groups: int, weighting: str, *, centred: bool = False) -> tuple[LayerError, Tensor, Tensor]:
+    """A grouped layer with 4 inputs, 6 outputs and 3 taps a group; its weight (C_out, K) and weights of the errors."""
+    gen = torch.Generator().manual_seed(groups)
+    m, k, o = 50, 12, 6
+    x, weight = torch.randn(m, groups, k, generator=gen), torch.randn(groups * o, k, generator=gen)
+    bias = torch.randn(groups * o, generator=gen)
+    y = torch.einsum("mgk,gok->mgo", x, weight.view(groups, o, k)) + bias.view(groups, o)
+    importance = torch.rand(m, 1, 1, generator=gen).expand(m, groups, o)
+    if weighting == "g":
+        importance = torch.rand(m, groups, o, generator=gen)
+    channel_of = torch.arange(groups * k).div(3, rounding_mode="floor").view(groups, k)
+    return LayerError(LayerSample(x, y, importance), weight, bias, channel_of, centred=centred), weight, importance
+
+
+def written_out(error: LayerError, x: Tensor, weight: Tensor, importance: Tensor) -> Tensor:
+    """Σ_n w (ô - o)² per output, with the best constant taken out where the error is centred."""
+    target = error.target.transpose(0, 1)
+    e = torch.einsum("gmk,gok->mgo", x, weight.view(x.shape[0], -1, x.shape[2])) - target
+    if error.centred:
+        e = e - (e * importance).sum(0) / importance.sum(0)
+    return (e.square() * importance).sum(0).flatten()
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_gram_matrices_give_the_error_of_running_the_layer(groups: int, centred: bool) -> None:
+    error, weight, importance = case(groups, "positions", centred=centred)
+    x = error.quantized_input(uniform_from_range(*error.x.aminmax(), bits=4, scheme="asymmetric", signed=False))
+    low, high = (torch.rand(7, len(weight)) * end for end in (-2.0, 2.0))
+    candidates = Candidates.from_ranges(low, high, bits=3, signed=True, scheme="asymmetric")
+    grams = WeightError(error, x, weight)
+    expected = []
+    for i in range(7):
+        q = uniform_from_range(low[i], high[i], bits=3, scheme="asymmetric", signed=True, axis=0)
+        expected.append(written_out(error, x, q(weight), importance))
+    assert error.uniform
+    torch.testing.assert_close(grams(candidates), torch.stack(expected), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(grams.exact(candidates), torch.stack(expected), rtol=1e-3, atol=1e-3)
+
+
+def test_with_gradients_the_exact_error_is_exact_and_the_other_is_near() -> None:
+    error, weight, importance = case(2, "g")
+    candidates = Candidates.from_ranges(-torch.rand(5, 1) - 0.5, torch.rand(5, 1) + 0.5, bits=4, signed=True, scheme="symmetric")
+    grams = WeightError(error, error.x, weight)
+    coded = candidates(weight)
+    expected = torch.stack([written_out(error, error.x, w, importance) for w in coded])
+    assert not error.uniform
+    torch.testing.assert_close(grams.exact(candidates), expected, rtol=1e-3, atol=1e-3)
+    assert ((grams(candidates).sum(1) / expected.sum(1)).log().abs() < 0.3).all()
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_input_candidates_one_by_one_give_the_same(per_channel: bool) -> None:
+    error, weight, importance = case(2, "g", centred=True)
+    channels = 8 if per_channel else 1
+    low, high = -torch.rand(4, channels) * 2, torch.rand(4, channels) * 2
+    found = error.inputs(
+        Candidates.from_ranges(low, high, bits=3, signed=False, scheme="asymmetric"), error.grouped(weight)
+    )
+    for i in range(4):
+        x = error.x.clone()
+        for g in range(2):
+            for k in range(12):
+                c = g * 4 + k // 3 if per_channel else 0
+                q = uniform_from_range(low[i, c], high[i, c], bits=3, scheme="asymmetric", signed=False)
+                x[g, :, k] = q(x[g, :, k])
+        torch.testing.assert_close(found[i], written_out(error, x, weight, importance), rtol=1e-3, atol=1e-3)
+
+
+def test_products_by_head() -> None:
+    gen = torch.Generator().manual_seed(0)
+    a, b = torch.randn(6, 5, 4, generator=gen), torch.randn(6, 4, 3, generator=gen)
+    head = torch.tensor([0, 1, 1, 0, 1, 0])
+    sample = ProductSample(a, b, a @ b, torch.rand(6, 5, 3, generator=gen), head)
+    low, high = -torch.rand(3, 2) - 1, torch.rand(3, 2) + 1
+    found = product_errors(sample, "b", a, Candidates.from_ranges(low, high, bits=3, signed=False, scheme="asymmetric"))
+    for i in range(3):
+        total = 0.0
+        for s in range(6):
+            ends = low[i, head[s]], high[i, head[s]]
+            q = uniform_from_range(*ends, bits=3, scheme="asymmetric", signed=False)
+            total += float(((a[s] @ q(b[s]) - sample.y[s]).square() * sample.weight[s]).sum())
+        assert float(found[i, 0]) == pytest.approx(total, rel=1e-4)
