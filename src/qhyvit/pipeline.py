@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +24,8 @@ from qhyvit.models.load import DEMO, LoadedModel, load_model
 from qhyvit.quantized import QuantizedModel
 from qhyvit.recipe import Recipe
 from qhyvit.targets import TARGETS
+
+KEPT_BYTES = 128 << 20  # calibration pictures up to this size stay in memory between passes
 
 
 def quantize(
@@ -185,7 +188,21 @@ def _pictures(
         for item in chosen.batches(preprocessing, batch, size):
             yield item.images
 
-    return _Pictures(stream, min(size, len(chosen)), dataset.name, chosen)
+    count = min(size, len(chosen))
+    small = count * math.prod(preprocessing.input_size) * 4 <= KEPT_BYTES
+    return _Pictures(_kept(stream) if small else stream, count, dataset.name, chosen)
+
+
+def _kept(stream: Callable[[], Iterator[Tensor]]) -> Callable[[], Iterator[Tensor]]:
+    """The same stream, read and decoded once; methods that walk over the pictures several times gain seconds."""
+    batches: list[Tensor] = []
+
+    def again() -> Iterator[Tensor]:
+        if not batches:
+            batches.extend(stream())
+        return iter(batches)
+
+    return again
 
 
 def _checked(images: Tensor, preprocessing: Preprocessing) -> Tensor:

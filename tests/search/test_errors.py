@@ -49,18 +49,18 @@ def test_gram_matrices_give_the_error_of_running_the_layer(groups: int, centred:
         expected.append(written_out(error, x, q(weight), importance))
     assert error.uniform
     torch.testing.assert_close(grams(candidates), torch.stack(expected), rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(grams.exact(candidates), torch.stack(expected), rtol=1e-3, atol=1e-3)
 
 
-def test_with_gradients_the_exact_error_is_exact_and_the_other_is_near() -> None:
+def test_with_gradients_the_layer_is_run() -> None:
     error, weight, importance = case(2, "g")
-    candidates = Candidates.from_ranges(-torch.rand(5, 1) - 0.5, torch.rand(5, 1) + 0.5, bits=4, signed=True, scheme="symmetric")
+    candidates = Candidates.from_ranges(
+        -torch.rand(5, 1) - 0.5, torch.rand(5, 1) + 0.5, bits=4, signed=True, scheme="symmetric"
+    )
     grams = WeightError(error, error.x, weight)
     coded = candidates(weight)
     expected = torch.stack([written_out(error, error.x, w, importance) for w in coded])
     assert not error.uniform
-    torch.testing.assert_close(grams.exact(candidates), expected, rtol=1e-3, atol=1e-3)
-    assert ((grams(candidates).sum(1) / expected.sum(1)).log().abs() < 0.3).all()
+    torch.testing.assert_close(grams(candidates), expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("per_channel", [False, True])

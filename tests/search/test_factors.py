@@ -39,11 +39,3 @@ def test_its_choice_costs_at_most_one_percent_on_weight_like_tensors() -> None:
         _, fast = best_factors(errors, 64)
         _, brute = best_factors(errors, 64, coarse=1)
         assert float(fast.sum()) <= 1.01 * float(brute.sum())
-
-
-def test_an_approximation_may_be_off_if_the_exact_error_decides() -> None:
-    centres = torch.tensor([0.3, 0.9])
-    factors, errors = best_factors(lambda f: (f - centres - 0.02).abs(), 2, exact=lambda f: (f - centres).abs())
-    expected, least = best_factors(lambda f: (f - centres).abs(), 2, coarse=1)
-    assert torch.equal(factors, expected)
-    assert torch.equal(errors, least)

@@ -69,9 +69,7 @@ class Options:
     start: Literal["minmax", "percentile", "mse", "kl"] = "mse"
 
 
-_PAPER = Options(
-    variant="paper", gradient="default_quant", one_sided=False, balance=False, bias=False, start="minmax"
-)
+_PAPER = Options(variant="paper", gradient="default_quant", one_sided=False, balance=False, bias=False, start="minmax")
 VARIANTS: dict[str, Options] = {
     "ours": Options(),
     "paper": _PAPER,
@@ -131,9 +129,7 @@ def qhyvit(problem: Problem) -> Parameters:
     if options.bridges and options.variant == "released":
         _released_bridges(problem, parameters, options, spaces)
     elif options.bridges:
-        blocks = reconstruct_bridges(
-            problem, parameters, spaces, options.gradient, residual_term=options.residual_term
-        )
+        blocks = reconstruct_bridges(problem, parameters, spaces, options.gradient, residual_term=options.residual_term)
         parameters.report["bridges"] = blocks
         parameters.notes.append(_bridge_note(blocks))
     parameters.correct_biases = options.bias

@@ -20,10 +20,10 @@ from qhyvit.calibration.samples import normalised
 from qhyvit.graph.bridges import BridgeBlock, find_bridges
 from qhyvit.graph.ops import constant, shape, weight_of
 from qhyvit.methods.base import Problem
+from qhyvit.progress import task
 from qhyvit.quantized import Parameters
 from qhyvit.quantizers.uniform import UniformAffine
 from qhyvit.search.candidates import Candidates
-from qhyvit.progress import task
 from qhyvit.search.gather import BATCH, Gradients
 from qhyvit.search.layers import Spaces
 from qhyvit.search.operands import Choice, Range, Space, search
@@ -96,7 +96,6 @@ class BlockError:
             total += (e if weight is None else e.mul_(weight)).sum().double()
         return total
 
-
     def energy(self, name: str) -> Tensor:
         """The weighted square of a target, what its error is to be compared with; float64 ()."""
         weight, target = self.data.weights[name], self.data.targets[name].square()
@@ -144,7 +143,6 @@ class BlockSearch:
         error: the block.
         parameters: incumbents, replaced by what is found.
         spaces: what may be chosen.
-        samples: extremes of activations come from the problem's statistics, those of weights from the weights.
     """
 
     def __init__(self, error: BlockError, parameters: Parameters, spaces: Spaces) -> None:
@@ -204,8 +202,7 @@ class BlockSearch:
             return torch.stack(found)[:, None].float()
 
         first = Choice(incumbent, float(evaluate(Candidates.of(incumbent)).sum()))
-        local = round_ > 0 and space.coarse > 1
-        table[name] = search(space, extremes, evaluate, first, separable=False, local=local).quantizer
+        table[name] = search(space, extremes, evaluate, first, separable=False, again=round_ > 0).quantizer
 
 
 def reconstruct_bridges(

@@ -47,6 +47,7 @@ class LayerError:
         self.target = target.transpose(0, 1).contiguous()  # (G, M, O)
         self.importance = sample.weight.transpose(0, 1).contiguous()
         self.total = self.importance.sum(1)
+        self.cost = self.groups * self.positions * self.k * self.outputs  # multiply-adds of running the layer once
         first = self.importance[:, :, :1]
         self.uniform = bool((self.importance == first).all())  # the same weight for all outputs of a position
 
@@ -97,11 +98,11 @@ class LayerError:
 
 
 class WeightError:
-    """Errors of candidate weights of a layer, its input fixed, by Gram matrices instead of running the layer.
+    """Errors of candidate weights of a layer, its input fixed.
 
-    With e_n = ΔW x_n + r_n and r_n = W x_n - o_n: Σ w e² = ΔW G ΔWᵀ + 2 ΔW c + const, G = Σ w x xᵀ and c = Σ w r x. If
-    positions weigh alike for all outputs this is exact; else G and c are taken with the mean weight of a position, and
-    `exact` decides.
+    Where positions weigh alike for all outputs, by Gram matrices instead of running the layer: with e_n = ΔW x_n + r_n
+    and r_n = W x_n - o_n, Σ w e² = ΔW G ΔWᵀ + 2 ΔW c + const, G = Σ w x xᵀ and c = Σ w r x. With gradients each output
+    would need a G of its own; then the layer is run.
 
     Args:
         layer: the layer's error.
@@ -112,36 +113,35 @@ class WeightError:
     def __init__(self, layer: LayerError, x: Tensor, weight: Tensor) -> None:
         self.layer, self.x = layer, x
         self.rows = weight.reshape(layer.groups, layer.outputs, layer.k)  # (G, O, K)
-        b = layer.importance.mean(2, keepdim=True)  # (G, M, 1)
+        self.cost = self.rows.numel() * layer.k if layer.uniform else layer.cost
+        self._outputs = torch.arange(layer.groups * layer.outputs).view(layer.groups, layer.outputs, 1)
+        if not layer.uniform:
+            return
+        w = layer.importance[:, :, :1]  # (G, M, 1)
         r = layer.residual(x, layer.grouped(weight))
         if layer.centred:
-            share = b / b.sum(1, keepdim=True)
+            share = w / w.sum(1, keepdim=True)
             x, r = x - (x * share).sum(1, keepdim=True), r - (r * share).sum(1, keepdim=True)
-        self.gram = x.transpose(1, 2) @ (x * b)  # (G, K, K)
-        self.cross = (r * b).transpose(1, 2) @ x  # (G, O, K)
-        self.rest = (r.square() * b).sum(1)  # (G, O)
-        self.scale = layer.importance.mean(1) / b.mean(1)  # (G, O)
-
-    def coded(self, candidates: Candidates) -> Tensor:
-        """The weight through each candidate, (B, G, O, K)."""
-        outputs = torch.arange(self.rows.shape[0] * self.rows.shape[1]).view(*self.rows.shape[:2], 1)
-        return candidates(self.rows, outputs)
+        self._gram = x.transpose(1, 2) @ (x * w)  # (G, K, K)
+        self._cross = (r * w).transpose(1, 2) @ x  # (G, O, K)
+        self._rest = (r.square() * w).sum(1)  # (G, O)
 
     def __call__(self, candidates: Candidates) -> Tensor:
         """Errors (B, C_out)."""
+        layer = self.layer
+        if layer.uniform:
+            return in_chunks(self.rows.numel(), self._by_gram, candidates)
+        runs = [layer(self.x, w.transpose(1, 2)) for c in candidates.split(1) for w in self._coded(c)]
+        return torch.stack(runs)
 
-        def errors(c: Candidates) -> Tensor:
-            d = self.coded(c).sub_(self.rows)
-            product = torch.einsum("bgok,gkl->bgol", d, self.gram).add_(self.cross, alpha=2)
-            return ((product * d).sum(-1) + self.rest).mul_(self.scale).flatten(1)
+    def _coded(self, candidates: Candidates) -> Tensor:
+        """The weight through each candidate, (B, G, O, K)."""
+        return candidates(self.rows, self._outputs)
 
-        return in_chunks(self.rows.numel(), errors, candidates)
-
-    def exact(self, candidates: Candidates) -> Tensor:
-        """Errors (B, C_out) by running the layer."""
-        return torch.stack(
-            [self.layer(self.x, w.transpose(1, 2)) for c in candidates.split(1) for w in self.coded(c)]
-        )
+    def _by_gram(self, candidates: Candidates) -> Tensor:
+        d = self._coded(candidates).sub_(self.rows)
+        product = torch.einsum("bgok,gkl->bgol", d, self._gram).add_(self._cross, alpha=2)
+        return ((product * d).sum(-1) + self._rest).flatten(1)
 
 
 def product_error(sample: ProductSample, a: Tensor, b: Tensor) -> Tensor:

@@ -22,9 +22,7 @@ def best_factors(
     *,
     factors: Tensor = FACTORS,
     coarse: int = 4,
-    around: int = 2,
-    exact: Errors | None = None,
-    recheck: int = 4,
+    around: int = 4,
 ) -> tuple[Tensor, Tensor]:
     """Candidates of least error.
 
@@ -34,8 +32,6 @@ def best_factors(
         factors: the candidates (n,), ascending.
         coarse: try every so many candidates first.
         around: then the neighbours of so many of the best ones.
-        exact: where `errors` is an approximation: decides between its best candidates.
-        recheck: how many those are, per channel.
 
     Returns:
         Factors (C,) and their errors (C,).
@@ -51,10 +47,5 @@ def best_factors(
         near = (centres[:, None] + steps[None, :, None]).flatten(0, 1).clamp(0, n - 1)
         near = near if channels > 1 else near.unique().view(-1, 1)
         table.scatter_(0, near, errors(factors[near]).cpu())
-    if exact is not None:
-        index = table.topk(min(recheck, n), dim=0, largest=False).indices
-        decided = exact(factors[index]).cpu()
-        least = decided.argmin(0, keepdim=True)
-        return factors[index.gather(0, least)[0]], decided.gather(0, least)[0]
     index = table.argmin(0)
     return factors[index], table.gather(0, index[None])[0]

@@ -53,9 +53,7 @@ class Gradients:
         return gradients(self._default, names, images, kl_to_float(reference))
 
 
-def gather(
-    problem: Problem, source: Source, positions: int, *, graph: fx.GraphModule | None = None
-) -> dict[str, Any]:
+def gather(problem: Problem, source: Source, positions: int, *, graph: fx.GraphModule | None = None) -> dict[str, Any]:
     """Samples by node name (layers and products) and by "value:" + name (all activation sites).
 
     Args:

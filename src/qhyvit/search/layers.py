@@ -65,9 +65,7 @@ class LayerSearch:
         spaces: what may be chosen.
     """
 
-    def __init__(
-        self, problem: Problem, parameters: Parameters, samples: dict[str, Any], spaces: Spaces
-    ) -> None:
+    def __init__(self, problem: Problem, parameters: Parameters, samples: dict[str, Any], spaces: Spaces) -> None:
         self.problem, self.parameters, self.samples, self.spaces = problem, parameters, samples, spaces
         self.nodes = {n.name: n for n in problem.graph.graph.nodes}
         self.weights = {s.node: s for s in problem.sites.weights}
@@ -95,9 +93,6 @@ class LayerSearch:
     def _sites_of(self, node: fx.Node) -> list[str | None]:
         count = 1 if is_call(node, WEIGHTED) else 2
         return [source_site(self.problem.sites, node, i) for i in range(count)]
-
-    def _local(self, round_: int, space: Space) -> bool:
-        return round_ > 0 and space.coarse > 1
 
     # One input with all layers that read it -----------------------------------------------------------------------
 
@@ -129,15 +124,12 @@ class LayerSearch:
     def _weight(self, name: str, error: LayerError, source: str | None, round_: int) -> None:
         weight, incumbent = self.float_weight(name), self.parameters.weights[name]
         x = error.quantized_input(self.parameters.activations[source] if source is not None else None)
-        grams = WeightError(error, x, weight)
+        evaluate = WeightError(error, x, weight)
         rows = weight.flatten(1)
         extremes = Range(weight.min(), weight.max(), rows.amin(1), rows.amax(1), 0)
-        exact = None if error.uniform else grams.exact
-        start = Choice(incumbent, float((exact or grams)(Candidates.of(incumbent)).sum()))
+        start = Choice(incumbent, float(evaluate(Candidates.of(incumbent)).sum()))
         space = self.spaces.weight(self.weights[name])
-        found = search(
-            space, extremes, grams, start, separable=True, exact=exact, local=self._local(round_, space)
-        )
+        found = search(space, extremes, evaluate, start, separable=True, cost=evaluate.cost, again=round_ > 0)
         self.parameters.weights[name] = found.quantizer
 
     def _activation(self, source: str, names: list[str], errors: dict[str, LayerError], round_: int) -> None:
@@ -148,7 +140,8 @@ class LayerSearch:
             found = [errors[n].inputs(candidates, weights[n]) for n in names]
             return found[0] if depthwise else torch.stack([f.sum(1) for f in found], 1)
 
-        self._choose(self.activations[source], evaluate, round_, separable=depthwise)
+        cost = sum(errors[n].cost for n in names)
+        self._choose(self.activations[source], evaluate, round_, cost, separable=depthwise)
 
     # Products of activations and single values -------------------------------------------------------------------
 
@@ -167,7 +160,8 @@ class LayerSearch:
                 evaluate = partial(product_errors, sample, operand, fixed)
                 direct = any(a.name == site for a in self.nodes[name].all_input_nodes)
                 by_head = direct and len(self.activations[site].shape) == 4
-                self._choose(self.activations[site], evaluate, round_, per_channel=by_head)
+                cost = sample.a.shape[-1] * sample.y.numel()
+                self._choose(self.activations[site], evaluate, round_, cost, per_channel=by_head)
             if all(self.parameters.activations.get(s or "") is b for s, b in zip(inputs, before, strict=True)):
                 break
 
@@ -188,13 +182,14 @@ class LayerSearch:
 
             return in_chunks(sample.x.numel(), errors, candidates)
 
-        self._choose(self.activations[name], evaluate, 0, per_channel=False)
+        self._choose(self.activations[name], evaluate, 0, 16 * sample.x.numel(), per_channel=False)
 
     def _choose(
         self,
         site: ActivationSite,
         evaluate: Evaluate,
         round_: int,
+        cost: int,
         *,
         separable: bool = False,
         per_channel: bool = True,
@@ -211,7 +206,5 @@ class LayerSearch:
         incumbent = self.parameters.activations[site.value]
         start = Choice(incumbent, float(evaluate(Candidates.of(incumbent)).sum()))
         space = self.spaces.activation(site)
-        chosen = search(
-            space, extremes, evaluate, start, separable=separable, local=self._local(round_, space)
-        )
+        chosen = search(space, extremes, evaluate, start, separable=separable, cost=cost, again=round_ > 0)
         self.parameters.activations[site.value] = chosen.quantizer

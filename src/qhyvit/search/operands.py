@@ -19,6 +19,9 @@ from qhyvit.search.candidates import Candidates
 from qhyvit.search.factors import FACTORS, best_factors
 
 # Around the incumbent, once the whole grid has been searched: its range times these.
+BUDGET = (
+    1 << 27
+)  # multiply-adds (about ten milliseconds) that all candidates of a range may cost before some are left out
 LOCAL = torch.tensor([0.7, 0.8, 0.86, 0.9, 0.93, 0.95, 0.97, 0.985, 1.015, 1.03, 1.06, 1.1, 1.16])
 
 
@@ -31,7 +34,7 @@ class Space:
         schemes, granularities: allowed ones.
         zero: what becomes of ranges without 0, see `affine_parameters`.
         one_sided: also shrink each end of an asymmetric range alone (not in the paper).
-        coarse: see `best_factors`; 1 is brute force.
+        coarse: try at most every so many candidates first (see `best_factors`); 1 is brute force.
         factors: the candidates on the base range.
     """
 
@@ -43,6 +46,10 @@ class Space:
     one_sided: bool = False
     coarse: int = 4
     factors: Tensor = field(default=FACTORS, compare=False)
+
+    def step(self, cost: int) -> int:
+        """Every how many candidates are tried first, if one costs so many multiply-adds."""
+        return next((c for c in range(1, self.coarse) if cost * len(self.factors) <= c * BUDGET), self.coarse)
 
 
 @dataclass
@@ -75,8 +82,8 @@ def search(
     incumbent: Choice,
     *,
     separable: bool,
-    exact: Evaluate | None = None,
-    local: bool = False,
+    cost: int = 1 << 62,
+    again: bool = False,
 ) -> Choice:
     """The best quantizer of one operand, or the incumbent.
 
@@ -84,14 +91,16 @@ def search(
         space: what is allowed.
         extremes: base ranges.
         evaluate: errors of candidates.
-        incumbent: what to beat; its error is exact.
+        incumbent: what to beat.
         separable: whether a channel's error depends on that channel's quantizer only.
-        exact: where `evaluate` is an approximation, the error that decides between its best.
-        local: only look around the incumbent.
+        cost: multiply-adds that one candidate costs.
+        again: the whole space was searched before: only look around the incumbent, unless all candidates are cheap.
     """
-    best = incumbent
+    best, coarse = incumbent, space.step(cost)
+    local = again and coarse > 1
     for scheme, base, axis, factors in _starts(space, extremes, incumbent, local):
-        walk = _Walk(space, scheme, axis, evaluate, exact, separable and axis is not None, factors, local)
+        each = separable and axis is not None
+        walk = _Walk(space, scheme, axis, evaluate, each, factors, 1 if local else coarse)
         found = walk.run(*base)
         if found.error < best.error:
             best = found
@@ -127,10 +136,9 @@ class _Walk:
     scheme: Scheme
     axis: int | None
     evaluate: Evaluate
-    exact: Evaluate | None
     each: bool
     factors: Tensor
-    local: bool
+    coarse: int
 
     def run(self, low: Tensor, high: Tensor) -> Choice:
         base = (low, high)
@@ -155,20 +163,16 @@ class _Walk:
                 return ends[0].expand(f.shape[0], channels), torch.maximum(f * base[1], ends[0])
             return f * base[0], f * base[1]
 
-        def errors(evaluate: Evaluate) -> Callable[[Tensor], Tensor]:
-            def of(f: Tensor) -> Tensor:
-                ranges = at(f.to(base[0].device))
-                found = evaluate(Candidates.from_ranges(*ranges, scheme=self.scheme, **self._kind()))
-                return found if self.each else found.sum(1, keepdim=True)
-
-            return of
+        def errors(f: Tensor) -> Tensor:
+            ranges = at(f.to(base[0].device))
+            found = self.evaluate(Candidates.from_ranges(*ranges, scheme=self.scheme, **self._kind()))
+            return found if self.each else found.sum(1, keepdim=True)
 
         factors, error = best_factors(
-            errors(self.evaluate),
+            errors,
             channels if self.each else 1,
             factors=self.factors,
-            coarse=1 if self.local else self.space.coarse,
-            exact=None if self.exact is None else errors(self.exact),
+            coarse=self.coarse,
         )
         low, high = (end.reshape(base[0].shape) for end in at(factors[None].to(base[0].device)))
         quantizer = uniform_from_range(low, high, scheme=self.scheme, axis=self.axis, **self._kind())
