@@ -16,6 +16,7 @@ import timm
 import torch
 from torch import nn
 
+import qhyvit.models.mobile_former  # noqa: F401  registers its nets with timm
 from qhyvit.errors import ModelError
 
 _HUB = ("hf-hub:", "hf_hub:", "local-dir:")

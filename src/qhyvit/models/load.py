@@ -19,7 +19,7 @@ from qhyvit.models.state import classifier_classes, load_state, read_state
 DEMO = "demo"
 DEMO_WEIGHTS = Path(__file__).parent / "weights" / "demo_mobilevit_xxs.safetensors"
 # The families on which the paper's method was published; every timm classifier can be loaded.
-FAMILIES = ("mobilevit_*", "mobilevitv2_*", "efficientformer_*", "efficientformerv2_*")
+FAMILIES = ("mobilevit_*", "mobilevitv2_*", "efficientformer_*", "efficientformerv2_*", "mobile_former_*")
 
 
 @dataclass
