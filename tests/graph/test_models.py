@@ -23,7 +23,7 @@ MODELS = [
     ("efficientformer_l1", 224, {}),
     ("efficientformerv2_s0", 64, {"img_size": 64}),
     pytest.param("efficientformerv2_s1", 64, {"img_size": 64}, marks=SLOW),
-    ("mobile_former_26m", 64, {}),
+    pytest.param("mobile_former_26m", 64, {}, marks=SLOW),
     pytest.param("mobile_former_96m", 64, {}, marks=SLOW),
     ("deit_tiny_patch16_224", 64, {"img_size": 64}),
     ("resnet18", 64, {}),

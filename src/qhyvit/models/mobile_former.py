@@ -197,7 +197,7 @@ class Head(nn.Module):
 
 
 @dataclass(frozen=True)
-class _Sizes:
+class Sizes:
     """Numbers of one variant; `blocks` are kind (L lite, D down, B plain), expansion, output channels."""
 
     stem: int
@@ -211,13 +211,13 @@ class _Sizes:
 
 _SMALLEST = "L3-12 B3-12 D6-24 B3-24 D6-48 B4-48 B6-64 D6-96 B6-96"
 _VARIANTS = {
-    "26m": _Sizes(8, 3, 128, 1024, _SMALLEST, groups=4, lite_stride=2),
-    "52m": _Sizes(8, 3, 128, 1024, _SMALLEST, lite_stride=2),
-    "96m": _Sizes(12, 4, 128, 1280, "L2-12 D6-16 D6-32 B3-32 D6-64 B4-64 B6-88 D6-128 B6-128"),
-    "151m": _Sizes(12, 6, 192, 1280, "L2-12 D6-16 B3-16 D6-32 B3-32 D6-64 B4-64 B6-88 B6-88 D6-128 B6-128 B6-128"),
-    "214m": _Sizes(12, 6, 192, 1600, "L2-12 D6-20 B3-20 D6-40 B4-40 D6-80 B4-80 B6-112 B6-112 D6-160 B6-160 B6-160"),
-    "294m": _Sizes(16, 6, 192, 1920, "L2-16 D6-24 B4-24 D6-48 B4-48 D6-96 B4-96 B6-128 B6-128 D6-192 B6-192 B6-192"),
-    "508m": _Sizes(24, 6, 192, 1920, "L2-24 D6-40 B3-40 D6-72 B3-72 D6-128 B4-128 B6-176 B6-176 D6-240 B6-240 B6-240"),
+    "26m": Sizes(8, 3, 128, 1024, _SMALLEST, groups=4, lite_stride=2),
+    "52m": Sizes(8, 3, 128, 1024, _SMALLEST, lite_stride=2),
+    "96m": Sizes(12, 4, 128, 1280, "L2-12 D6-16 D6-32 B3-32 D6-64 B4-64 B6-88 D6-128 B6-128"),
+    "151m": Sizes(12, 6, 192, 1280, "L2-12 D6-16 B3-16 D6-32 B3-32 D6-64 B4-64 B6-88 B6-88 D6-128 B6-128 B6-128"),
+    "214m": Sizes(12, 6, 192, 1600, "L2-12 D6-20 B3-20 D6-40 B4-40 D6-80 B4-80 B6-112 B6-112 D6-160 B6-160 B6-160"),
+    "294m": Sizes(16, 6, 192, 1920, "L2-16 D6-24 B4-24 D6-48 B4-48 D6-96 B4-96 B6-128 B6-128 D6-192 B6-192 B6-192"),
+    "508m": Sizes(24, 6, 192, 1920, "L2-24 D6-40 B3-40 D6-72 B3-72 D6-128 B4-128 B6-176 B6-176 D6-240 B6-240 B6-240"),
 }
 
 
@@ -234,7 +234,7 @@ class MobileFormer(nn.Module):
 
     def __init__(
         self,
-        sizes: _Sizes,
+        sizes: Sizes,
         num_classes: int = 1000,
         in_chans: int = 3,
         drop_rate: float = 0.0,
