@@ -145,7 +145,7 @@ def _change(graph: fx.GraphModule, producer: fx.Node, t: Tensor, m: Tensor) -> N
     value = constant(graph, producer)
     if value is not None:
         changed = ((value.double() - m.to(value.device)) / t.to(value.device)).to(value.dtype)
-        producer.replace_all_uses_with(add_constant(graph, str(producer.target), changed, producer))
+        producer.target = add_constant(graph, str(producer.target), changed, producer).target  # the name stays
         return
     if is_call(producer, NORMS):
         weight, bias = (constant(graph, argument(producer, name)) for name in ("weight", "bias"))

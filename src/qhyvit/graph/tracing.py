@@ -19,7 +19,7 @@ from qhyvit.graph.ops import LAYOUT, WEIGHTED, argument, aten, channel_axis, con
 from qhyvit.graph.tracing_rules import ADDITIONS, FIXED, Step, along, rule_of, unspread
 
 NORMS = frozenset({aten.layer_norm.default, aten.group_norm.default})
-_DATA = LAYOUT | ADDITIONS | frozenset({aten.cat.default})  # what may read a constant that is to be scaled
+_DATA = LAYOUT | ADDITIONS | frozenset({aten.cat.default})  # what may read a constant that is to be changed
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,10 @@ class Trace:
         """Say that numbers at the same place are of one channel."""
         left, right = unspread(a), unspread(b)
         whole = left * 0 + right * 0
-        pairs = torch.stack([(left + whole).flatten(), (right + whole).flatten()])
-        for i, j in torch.unique(pairs, dim=1).T.tolist() if pairs.numel() else []:
-            low, high = sorted((self._find(i), self._find(j)))
+        count = len(self._parent)
+        pairs = (left + whole) * count + right + whole  # one number for each: rows are slow to tell apart
+        for pair in torch.unique(pairs).tolist():
+            low, high = sorted(map(self._find, divmod(pair, count)))
             self._parent[high] = low
 
     def fix(self, ids: Any) -> None:
@@ -99,8 +100,8 @@ class Trace:
         return i
 
     def _ids_of_constant(self, node: fx.Node) -> Tensor:
-        value = constant(self.graph, node)
-        if value is None or not value.is_floating_point() or not all(is_call(u, _DATA) for u in node.users):
+        value, readers = constant(self.graph, node), list(node.users)
+        if value is None or not value.is_floating_point() or len(readers) != 1 or not is_call(readers[0], _DATA):
             return torch.zeros((), dtype=torch.int64).expand(node.meta.get("shape", ()))
         ids = self.fresh(value.numel()).view(value.shape)
         self.producers.append(End(node, ids))
@@ -120,7 +121,8 @@ class Trace:
             self.steps[node], self._index[node] = step, step.index
             return
         for source in node.all_input_nodes:
-            self.fix(self.index(source))
+            if source.op != "get_attr" or source in self._index:
+                self.fix(self.index(source))
         self._index[node] = torch.zeros((), dtype=torch.int64).expand(node.meta.get("shape", ()))
 
     def _visit_layer(self, node: fx.Node) -> None:
@@ -128,11 +130,8 @@ class Trace:
         assert isinstance(source, fx.Node)
         ids = self.index(source)
         axis = ids.ndim - 1 if node.target == aten.linear.default else 1
-        alike = along(ids, [i for i in range(ids.ndim) if i != axis])
-        if alike is None:
-            self.fix(ids)
-        else:
-            self.consumers.append(End(node, alike.flatten(), source, is_padded(node)))
+        read = along(self, ids, [i for i in range(ids.ndim) if i != axis])
+        self.consumers.append(End(node, read.flatten(), source, is_padded(node)))
         self._produce(node, channel_axis(node))
 
     def _produce(self, node: fx.Node, axis: int) -> None:

@@ -57,13 +57,13 @@ def unspread(index: Tensor) -> Tensor:
     return index
 
 
-def along(index: Tensor, axes: Iterable[int]) -> Tensor | None:
-    """The index with one entry on each of `axes`, or None where ids differ along one of them."""
+def along(trace: Channels, index: Tensor, axes: Iterable[int]) -> Tensor:
+    """Say that ids are the same along each of `axes`; the index with one entry on each of them."""
     chosen = index
     for axis in axes:
         chosen = chosen.narrow(axis, 0, 1)
-    slim = unspread(index)
-    return chosen if bool((slim == chosen).all()) else None
+    trace.join(index, chosen)
+    return chosen
 
 
 def rule_of(node: fx.Node, relu: bool) -> Rule | None:
@@ -108,6 +108,9 @@ def _addition(trace: Channels, node: fx.Node) -> Step | None:
     left, right = node.args
     if not isinstance(left, fx.Node) or not isinstance(right, fx.Node) or node.kwargs:
         return None  # a plain number is the same for all channels
+    data = [n for n in (left, right) if n.op != "get_attr"]
+    if not any(bool((unspread(trace.index(n)) != FIXED).any()) for n in data):
+        return None
     a, b = trace.index(left), trace.index(right)
     trace.join(a, b)
     whole = a if a.shape == shape(node) else b
@@ -145,9 +148,7 @@ def _matmul(trace: Channels, node: fx.Node) -> Step | None:
     if min(len(shape(left)), len(shape(right))) < 2:
         return None
     inner, other, summed = (-2, left, -1) if found is right else (-1, right, -2)
-    alike = along(trace.index(found), [inner])
-    if alike is None:
-        return None
+    alike = along(trace, trace.index(found), [inner])
     averages = is_call(other, aten.softmax.int) and (argument(other, "dim") - summed) % len(shape(other)) == 0
     return Step(alike.expand(shape(node)), ((found, 1),), keeps_offset=averages)
 
@@ -165,9 +166,7 @@ def _across(axes: Callable[[fx.Node], list[int]], keeps_offset: Callable[[fx.Nod
         source = node.args[0]
         assert isinstance(source, fx.Node)
         worked = [axis % len(shape(source)) for axis in axes(node)]
-        index = along(trace.index(source), worked)
-        if index is None:
-            return None
+        index = along(trace, trace.index(source), worked)
         if len(shape(node)) < index.ndim:
             index = index.squeeze(worked)
         return Step(index.expand(shape(node)), ((source, 1),), keeps_offset=keeps_offset(node))
@@ -206,9 +205,12 @@ def _never(node: fx.Node) -> bool:
 
 
 _zeros = _across(_padded_axes, _never)
+_repeats = _across(_padded_axes, _always)
 
 
 def _padding(trace: Channels, node: fx.Node) -> Step | None:
+    if node.target == aten.pad.default and argument(node, "mode") != "constant":
+        return _repeats(trace, node)
     return _zeros(trace, node) if not argument(node, "value") else None
 
 
@@ -217,7 +219,7 @@ _RULES: dict[Any, Rule] = {
     **dict.fromkeys((aten.mul.Tensor, aten.div.Tensor), _product),
     aten.cat.default: _concatenation,
     aten.matmul.default: _matmul,
-    aten.constant_pad_nd.default: _padding,
+    **dict.fromkeys((aten.constant_pad_nd.default, aten.pad.default), _padding),
     aten.mean.dim: _across(_dims, _always),
     aten.amax.default: _across(_dims, _always),
     aten.amin.default: _across(_dims, _always),
