@@ -20,9 +20,10 @@ from qhyvit.data.dataset import open_builtin
 from qhyvit.data.preprocessing import Preprocessing
 from qhyvit.errors import ModelError
 from qhyvit.graph.capture import capture
+from qhyvit.graph.ops import WEIGHTED, is_call
 from qhyvit.graph.streams import Port, Stream, find_streams, rescale_streams
 
-KINDS = {"ranges": 30.0, "shift": 3.0, "both": 30.0}  # and what stands for the number where none is given
+KINDS = {"ranges": 30.0, "shift": 1.0, "both": 30.0}  # and what stands for the number where none is given
 PICTURES = 16
 FEWEST = 4  # channels of a stream for which a median means something
 _HELP = "must be ranges, shift or both, with a number and a seed where wanted: ranges:30, both:100:1"
@@ -36,7 +37,7 @@ class Stress:
         kind: "ranges": channels scaled by log-normal factors, so that the largest range of a stream's channels is
             `amount` times the median one (a stream that has such ranges already is left alone); "shift": channels
             shifted until they are positive, by `amount` times their range on average (between half and one and a half
-            of it); "both": ranges with `amount`, shift with its default.
+            of it; more than a few ranges cost float32 its digits); "both": ranges with `amount`, shift by 1.
         amount: above 1 for ranges and both, above 0 for shift.
         seed: of the factors and offsets.
     """
@@ -69,16 +70,24 @@ class Stress:
 
 
 def stress(
-    model: nn.Module, kind: str, amount: float | None = None, *, seed: int = 0, images: Tensor
+    model: nn.Module,
+    kind: str,
+    amount: float | None = None,
+    *,
+    seed: int = 0,
+    images: Tensor,
+    everywhere: bool = False,
 ) -> fx.GraphModule:
     """A twin of a net: equal to it in float up to rounding, harder to quantize.
 
     Args:
         model: a classifier or a captured graph; not changed.
         kind: as in `Stress`.
-        amount: as in `Stress`; None: the kind's default, 30 for ranges and both, 3 for shift.
+        amount: as in `Stress`; None: the kind's default, 30 for ranges and both, 1 for shift.
         seed: of the factors and offsets.
         images: preprocessed pictures (n, 3, H, W), on which the channels' ranges are measured.
+        everywhere: stress every stream there is, behind norms and beside foreign channels too, where a tensor's other
+            channels suffer most; else linear bottlenecks and the residual streams between convolution blocks.
 
     Returns:
         The twin's captured graph, which `capture` takes again.
@@ -89,7 +98,7 @@ def stress(
     """
     asked = Stress(kind, KINDS.get(kind, 0.0) if amount is None else amount, seed)
     graph = capture(model, images[:1])
-    streams = find_streams(graph)
+    streams = [s for s in find_streams(graph) if everywhere or _between_layers(graph, s)]
     measured = measure(graph, streams, images)
     rng = torch.Generator().manual_seed(asked.seed)
     changes: list[tuple[Stream, Tensor, Tensor | None]] = []
@@ -108,6 +117,13 @@ def stress(
         )
     rescale_streams(graph, changes)
     return graph
+
+
+def _between_layers(graph: fx.GraphModule, stream: Stream) -> bool:
+    """Whether layers alone make all of the stream and layers read nothing beside it."""
+    nodes = {node.name: node for node in graph.graph.nodes}
+    layers = all(is_call(nodes[port.node], WEIGHTED) for port in stream.producers if nodes[port.node].op != "get_attr")
+    return layers and all(bool((port.channels >= 0).all()) for port in (*stream.producers, *stream.consumers))
 
 
 def default_images(config: Mapping[str, Any]) -> Tensor:
