@@ -20,7 +20,7 @@ import torch
 import yaml
 
 from qhyvit.evaluation import evaluate
-from qhyvit.models.load import load_model
+from qhyvit.models.load import LoadedModel, load_model
 from qhyvit.pipeline import quantize
 
 
@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--data")
     parser.add_argument("--bits", default="w8a8,w6a6,w4a8,w4a4")
     parser.add_argument("--methods", default="minmax,percentile,mse,qhyvit")
+    parser.add_argument("--stress", default="none", help="twins to quantize too: none,ranges:30,shift,both:30")
     parser.add_argument("--scope", default="partial")
     parser.add_argument("--target", default="onnxruntime")
     parser.add_argument("--seeds", type=int, default=3)
@@ -42,8 +43,14 @@ def main() -> None:
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    loaded = load_model(args.model, weights=args.weights)
-    print("| bits | method | float top-1 | top-1 | agreement | SQNR dB | seconds |\n|---|---|---:|---:|---:|---:|---:|")
+    print("| stress | bits | method | float top-1 | top-1 | agreement | SQNR dB | seconds |")
+    print("|---|---|---|---:|---:|---:|---:|---:|", flush=True)
+    for stress in args.stress.split(","):
+        _grid(args, stress, load_model(args.model, weights=args.weights, stress=None if stress == "none" else stress))
+
+
+def _grid(args: argparse.Namespace, stress: str, loaded: LoadedModel) -> None:
+    """All widths and methods on one net."""
     for bits in args.bits.split(","):
         for name in args.methods.split(","):
             method, *given = name.split(":")
@@ -64,7 +71,7 @@ def main() -> None:
                 seconds = time.perf_counter() - started
                 scores = evaluate(quantized, args.data, limit=args.limit, deployed=False)
                 started = time.perf_counter()
-                print(f"{bits} {name} seed {seed}: {scores['simulated']}", file=sys.stderr, flush=True)
+                print(f"{stress} {bits} {name} seed {seed}: {scores['simulated']}", file=sys.stderr, flush=True)
                 rows.append((scores["float"], scores["simulated"], seconds))
             cells = [
                 _spread([100 * s.top1 for _, s, _ in rows], "%"),
@@ -72,7 +79,7 @@ def main() -> None:
                 _spread([s.sqnr_db for _, s, _ in rows], ""),
                 f"{mean(r[2] for r in rows):.0f}",
             ]
-            print(f"| {bits} | {name} | {100 * rows[0][0].top1:.2f} % | {' | '.join(cells)} |", flush=True)
+            print(f"| {stress} | {bits} | {name} | {100 * rows[0][0].top1:.2f} % | {' | '.join(cells)} |", flush=True)
 
 
 def _spread(values: list[float], unit: str) -> str:

@@ -32,6 +32,9 @@ Folder = Annotated[Path, typer.Argument(help="A folder that `qhyvit quantize` wr
 Weights = Annotated[Path | None, typer.Option(help="State dict: .safetensors, .pth, .pt or .bin.")]
 Pretrained = Annotated[bool, typer.Option("--pretrained", help="Take the published weights (downloads).")]
 InputSize = Annotated[int | None, typer.Option(help="Side of the pictures in pixels.", min=8)]
+Stress = Annotated[
+    str | None, typer.Option(help="Take a twin, equal in float but hard to quantize: ranges:30, shift, both:30.")
+]
 Data = Annotated[str | None, typer.Option(help="Evaluation pictures: folder, zip, npz, flowers or photos.")]
 Limit = Annotated[int | None, typer.Option(help="Use at most so many pictures.", min=1)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, nothing else.")]
@@ -64,6 +67,7 @@ def quantize(
     weights: Weights = None,
     pretrained: Pretrained = False,
     input_size: InputSize = None,
+    stress: Stress = None,
     limit: Limit = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")] = Path("out"),
     force: Annotated[bool, typer.Option("--force", help="Replace an existing result.")] = False,
@@ -90,7 +94,9 @@ def quantize(
     }
     start = start.updated(**changes)
     check_writable(out, overwrite=force)  # before minutes of work, not after
-    loaded = load_model(model, weights=weights, pretrained=pretrained, input_size=input_size, seed=start.seed)
+    loaded = load_model(
+        model, weights=weights, pretrained=pretrained, input_size=input_size, seed=start.seed, stress=stress
+    )
     say = terminal.Say(quiet=as_json)
     say.model(loaded)
     quantized = run(loaded, calib=calib, recipe=start)
@@ -108,6 +114,7 @@ def evaluate(
     weights: Weights = None,
     pretrained: Pretrained = False,
     input_size: InputSize = None,
+    stress: Stress = None,
     limit: Limit = None,
     as_json: Json = False,
 ) -> None:
@@ -122,7 +129,7 @@ def evaluate(
         subject: Any = load(model)
     else:
         folder = None
-        subject = load_model(model, weights=weights, pretrained=pretrained, input_size=input_size)
+        subject = load_model(model, weights=weights, pretrained=pretrained, input_size=input_size, stress=stress)
         say.model(subject)
     dataset = terminal.pictures(data)
     scores = run(subject, dataset, folder=folder, limit=limit)
@@ -186,6 +193,7 @@ def inspect(
     weights: Weights = None,
     pretrained: Pretrained = False,
     input_size: InputSize = None,
+    stress: Stress = None,
     as_json: Json = False,
 ) -> None:
     """Look into a model."""
@@ -193,7 +201,7 @@ def inspect(
 
     if not bridges:
         raise QhyvitError("There is nothing to inspect; pass --bridges.")
-    graph = _graph(model, weights, pretrained, input_size)
+    graph = _graph(model, weights, pretrained, input_size, stress)
     found: dict[str, Any] = {}
     if bridges:
         found["bridges"] = [{"members": b.members, "modules": b.modules} for b in find_bridges(graph)]
@@ -206,7 +214,9 @@ def inspect(
         typer.echo("no bridge blocks: no attention follows convolutions")
 
 
-def _graph(model: str, weights: Path | None, pretrained: bool, input_size: int | None) -> GraphModule:
+def _graph(
+    model: str, weights: Path | None, pretrained: bool, input_size: int | None, stress: str | None
+) -> GraphModule:
     """The float graph of a result or of a model, whose weights may be random."""
     import torch
 
@@ -217,7 +227,7 @@ def _graph(model: str, weights: Path | None, pretrained: bool, input_size: int |
 
     if terminal.is_result(model):
         return load(model).graph
-    loaded = load_model(model, weights=weights, pretrained=pretrained, input_size=input_size)
+    loaded = load_model(model, weights=weights, pretrained=pretrained, input_size=input_size, stress=stress)
     size = Preprocessing.from_config(loaded.preprocessing_config).input_size
     return capture(loaded.module, torch.zeros(1, *size))
 

@@ -20,7 +20,7 @@ from qhyvit.graph.capture import capture
 from qhyvit.graph.ops import weight_of
 from qhyvit.graph.sites import Sites, place
 from qhyvit.methods import METHODS, Problem
-from qhyvit.models.load import DEMO, LoadedModel, load_model
+from qhyvit.models.load import DEMO, LoadedModel, load_model, stressed
 from qhyvit.quantized import QuantizedModel
 from qhyvit.recipe import Recipe
 from qhyvit.targets import TARGETS
@@ -36,6 +36,7 @@ def quantize(
     weights: str | Path | None = None,
     pretrained: bool = False,
     input_size: int | None = None,
+    stress: str | None = None,
     **changes: Any,
 ) -> QuantizedModel:
     """Quantize an image classifier after training.
@@ -48,6 +49,7 @@ def quantize(
         weights: safetensors or state-dict file (the recipe's section `weights` is changed through `recipe`).
         pretrained: take timm's published weights.
         input_size: side of the pictures.
+        stress: quantize a twin that is the same function in float but harder, as in `load_model`.
         changes: recipe keys to change, for instance `bits="w6a6"`, `method="percentile"`.
 
     Returns:
@@ -67,9 +69,11 @@ def quantize(
     if isinstance(calib, str | Path):  # so that the recipe, written beside the result, makes the result again
         recipe = recipe.updated(calibration={"source": str(calib)})
     if isinstance(model, LoadedModel):
-        loaded = model
+        loaded = model if stress is None else stressed(model, stress)
     else:
-        loaded = load_model(model, weights=weights, pretrained=pretrained, input_size=input_size, seed=recipe.seed)
+        loaded = load_model(
+            model, weights=weights, pretrained=pretrained, input_size=input_size, seed=recipe.seed, stress=stress
+        )
     preprocessing = Preprocessing.from_config(loaded.preprocessing_config)
 
     torch.manual_seed(recipe.seed)

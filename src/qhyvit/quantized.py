@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from qhyvit.graph.ops import MATMUL, channel_axis, is_call, set_weight, tidy, weight_of
+from qhyvit.graph.ops import copy_graph as copy_graph
 from qhyvit.graph.sites import Sites, source_site
 from qhyvit.integer import IntegerProduct
 from qhyvit.quantizers.uniform import UniformAffine
@@ -183,18 +184,3 @@ def integer_bias(bias: Tensor, scale: Tensor) -> Tensor:
     """Bias codes: round(bias / scale), kept inside int32; float64 while they are counted, returned in bias's dtype."""
     limit = 2.0**31 - 128  # the largest float32 below 2³¹
     return torch.round(bias.double() / scale.double()).clamp(-limit, limit).to(bias.dtype)
-
-
-def copy_graph(graph: fx.GraphModule) -> fx.GraphModule:
-    """A graph of its own that shares the tensors; node names and meta are kept."""
-    new = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    output = new.graph_copy(graph.graph, copies)
-    new.output(output)
-    for old, twin in copies.items():
-        twin.meta = dict(old.meta)
-        twin.name = old.name
-    root = torch.nn.Module()
-    for name, tensor in graph.named_buffers(recurse=False):
-        root.register_buffer(name, tensor)
-    return fx.GraphModule(root, new)

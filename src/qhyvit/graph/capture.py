@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import warnings
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,14 +14,15 @@ from torch.export.graph_signature import InputKind, OutputKind
 from qhyvit.errors import CaptureError
 from qhyvit.graph.functional import functional
 from qhyvit.graph.normalise import normalise
-from qhyvit.graph.ops import WEIGHTED, argument, tidy
+from qhyvit.graph.ops import WEIGHTED, argument, copy_graph, tidy
 
 
 def capture(model: nn.Module, example: Tensor, *, passes: bool = True) -> fx.GraphModule:
     """Capture an image classifier as a normalised float graph.
 
     Args:
-        model: any module that maps pictures (N, 3, H, W) to logits (N, classes); switched to eval mode.
+        model: any module that maps pictures (N, 3, H, W) to logits (N, classes); switched to eval mode. A graph that
+            was captured before, and perhaps rewritten since, is copied as it is.
         example: one batch of pictures; its batch size does not matter, its H and W are fixed.
         passes: whether to run the normalising passes (`qhyvit.graph.normalise`) or only to capture.
 
@@ -32,6 +33,8 @@ def capture(model: nn.Module, example: Tensor, *, passes: bool = True) -> fx.Gra
     Raises:
         CaptureError: if the model cannot be exported, has data-dependent control flow or a fixed batch size.
     """
+    if is_captured(model):
+        return _copied(model, example)
     model = model.eval()
     example = example[:1].repeat(2, *[1] * (example.ndim - 1))  # a batch of one would be taken for a constant
     try:
@@ -51,6 +54,28 @@ def capture(model: nn.Module, example: Tensor, *, passes: bool = True) -> fx.Gra
         normalise(graph, example[:1])
         _refuse_low_precision(graph)
     return graph
+
+
+def is_captured(model: nn.Module) -> TypeGuard[fx.GraphModule]:
+    """Whether a module is what `capture` gave: operators only, each with the module that it came from."""
+    if not isinstance(model, fx.GraphModule):
+        return False
+    kinds = {"placeholder", "get_attr", "call_function", "output"}
+    nodes = [n for n in model.graph.nodes if n.op != "output"]
+    return all(n.op in kinds and "module" in n.meta for n in nodes) and all(
+        "shape" in n.meta for n in nodes if n.op == "placeholder"
+    )
+
+
+def _copied(graph: fx.GraphModule, example: Tensor) -> fx.GraphModule:
+    (pictures,) = (n for n in graph.graph.nodes if n.op == "placeholder")
+    if pictures.meta["shape"][1:] != example.shape[1:]:
+        made, asked = ("×".join(map(str, size[1:])) for size in (pictures.meta["shape"], example.shape))
+        raise CaptureError(f"The graph was captured for pictures of {made}, not {asked}; capture the module anew.")
+    new = copy_graph(graph)
+    for name, tensor in list(new.named_buffers()):
+        setattr(new, name, tensor.detach().clone())
+    return new
 
 
 def _refuse_low_precision(graph: fx.GraphModule) -> None:

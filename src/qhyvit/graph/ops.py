@@ -254,6 +254,21 @@ def tidy(graph: fx.GraphModule) -> None:
     graph.recompile()
 
 
+def copy_graph(graph: fx.GraphModule) -> fx.GraphModule:
+    """A graph of its own that shares the tensors; node names and meta are kept."""
+    new = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    output = new.graph_copy(graph.graph, copies)
+    new.output(output)
+    for old, twin in copies.items():
+        twin.meta = dict(old.meta)
+        twin.name = old.name
+    root = torch.nn.Module()
+    for name, tensor in graph.named_buffers(recurse=False):
+        root.register_buffer(name, tensor)
+    return fx.GraphModule(root, new)
+
+
 def as_list(value: int | Sequence[int], n: int) -> list[int]:
     """A convolution's stride, padding or dilation as a list of `n` numbers."""
     if isinstance(value, int):

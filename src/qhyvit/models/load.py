@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from qhyvit.models.cost import multiply_adds
 from qhyvit.models.from_torchvision import build_torchvision, is_torchvision
 from qhyvit.models.published import counts, published
 from qhyvit.models.state import classifier_classes, load_state, read_state
+from qhyvit.models.stress import Stress, default_images
+from qhyvit.models.stress import stress as make_twin
 
 DEMO = "demo"
 DEMO_WEIGHTS = Path(__file__).parent / "weights" / "demo_mobilevit_xxs.safetensors"
@@ -56,6 +58,7 @@ def load_model(
     input_size: int | None = None,
     num_classes: int | None = None,
     seed: int = 0,
+    stress: str | None = None,
 ) -> LoadedModel:
     """Build a model and load its weights.
 
@@ -68,10 +71,14 @@ def load_model(
         input_size: side of the pictures in pixels; default: the card's, else timm's for the net, else 224.
         num_classes: default: what the weights hold, else timm's for the net.
         seed: of the random weights, where there are no others.
+        stress: take a twin that is the same function in float but hard to quantize: "ranges:30", "shift", "both:30"
+            (`qhyvit.models.stress`).
 
     Raises:
+        CaptureError: if a twin is asked for and the model cannot be captured.
         ModelError: whatever hinders the model from being built, loaded, or run on one picture.
     """
+    asked = Stress.parse(stress) if stress is not None else None
     path = Path(weights).expanduser() if weights is not None else None
     _check_options(name, path, pretrained, input_size, num_classes)
     if name == DEMO:
@@ -103,7 +110,21 @@ def load_model(
             f"The card of {path} names {len(card.classes)} classes, but {label} has {classes}; mend the card."
         )
     source, trained = _source(name, path, card, pretrained, seed)
-    return LoadedModel(label, module, config, classes, card.classes, source, trained)
+    loaded = LoadedModel(label, module, config, classes, card.classes, source, trained)
+    return loaded if asked is None else stressed(loaded, asked)
+
+
+def stressed(model: LoadedModel, asked: Stress | str) -> LoadedModel:
+    """The twin of a model under stress; its module is a captured graph, its source says so.
+
+    Raises:
+        CaptureError: if the model cannot be captured.
+        ModelError: if `asked` cannot be read, or nothing in the model can be stressed so.
+    """
+    asked = Stress.parse(asked) if isinstance(asked, str) else asked
+    images = default_images(model.preprocessing_config)
+    twin = make_twin(model.module, asked.kind, asked.amount, seed=asked.seed, images=images)
+    return replace(model, module=twin, source=f"{model.source}, stressed with {asked}")
 
 
 def list_models() -> list[dict[str, Any]]:
