@@ -15,6 +15,7 @@ from qhyvit.errors import ModelError
 from qhyvit.models.build import build_own, build_timm, classifiers, is_own, reason, seeded, timm_config
 from qhyvit.models.card import Card, read_card
 from qhyvit.models.state import classifier_classes, load_state, read_state
+from qhyvit.models.zoo import is_zoo, zoo_names, zoo_weights
 
 DEMO = "demo"
 DEMO_WEIGHTS = Path(__file__).parent / "weights" / "demo_mobilevit_xxs.safetensors"
@@ -57,8 +58,8 @@ def load_model(
     """Build a model and load its weights.
 
     Args:
-        name: "demo" (the net that ships with the package), a timm name, "pkg.mod:builder" (a function that returns an
-            `nn.Module`; the current folder is importable), or a module, which is copied.
+        name: "demo" (the net that ships with the package), "zoo/NAME" (see `zoo`), a timm name, "pkg.mod:builder" (a
+            function that returns an `nn.Module`; the current folder is importable), or a module, which is copied.
         weights: .safetensors, .pt, .pth or .bin file with a state dict. A JSON card beside it (`card.Card`) sets
             arguments of the net, preprocessing and class names.
         pretrained: take timm's published weights, or pass `pretrained=True` to the builder.
@@ -73,6 +74,8 @@ def load_model(
     _check_options(name, path, pretrained, input_size, num_classes)
     if name == DEMO:
         path = DEMO_WEIGHTS
+    elif is_zoo(name):
+        path = zoo_weights(str(name))
     card, state = (read_card(path), read_state(path)) if path else (Card(), None)
     with seeded(seed):
         if isinstance(name, nn.Module):
@@ -80,7 +83,7 @@ def load_model(
         elif is_own(name):
             module = build_own(name, pretrained, num_classes or card.num_classes, seed)
         else:
-            timm_name = name if name != DEMO else card.create.get("model_name", "mobilevit_xxs")
+            timm_name = card.create["model_name"] if name == DEMO or is_zoo(name) else name
             module = _timm(timm_name, card, state, path, pretrained, input_size, num_classes)
     if state is not None and path is not None:
         load_state(module, state, path)
@@ -138,6 +141,8 @@ def _check_options(
         raise ModelError("The demo model has its own weights; to load others name the net, mobilevit_xxs.")
     if name == DEMO and not DEMO_WEIGHTS.is_file():
         raise ModelError(f"The demo model's weights {DEMO_WEIGHTS} are missing; install qhyvit again.")
+    if is_zoo(name) and (path or pretrained):
+        raise ModelError(f"{name} has its own weights; to load others name the net that its card gives.")
     if isinstance(name, nn.Module) and pretrained:
         raise ModelError("A module given in memory has no pretrained weights to fetch; load them into it before.")
 
@@ -202,6 +207,8 @@ def _source(name: str | nn.Module, path: Path | None, card: Card, pretrained: bo
     score = f"top-1 {card.val_top1:.1%}" + (f" on {card.val}" if card.val else "") if card.val_top1 is not None else ""
     if name == DEMO:
         return "weights that ship with qhyvit (" + ", ".join(s for s in (card.architecture, score) if s) + ")", True
+    if is_zoo(name):
+        return f"zoo weights ({', '.join(s for s in (card.architecture, score) if s)})", True
     if path:
         return f"weights from {path}" + (f" ({score})" if score else ""), True
     if isinstance(name, nn.Module):
