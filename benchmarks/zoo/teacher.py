@@ -6,6 +6,8 @@ import hashlib
 from pathlib import Path
 
 import torch
+from pictures import squash
+from PIL import Image
 from torch import Tensor
 
 from qhyvit import load_model
@@ -13,7 +15,7 @@ from qhyvit.models.zoo import zoo_weights
 
 
 def soft_labels(
-    teachers: list[str], data: Tensor, mean: Tensor, std: Tensor, cache: Path, batch: int = 128
+    teachers: list[str], images: list[Image.Image], device: torch.device, cache: Path, batch: int = 128
 ) -> Tensor:
     """Mean class probabilities of the teachers on whole pictures and their mirror images, float32 (n, classes).
 
@@ -22,27 +24,31 @@ def soft_labels(
 
     Args:
         teachers: nets of the zoo, such as "zoo/mobilevit_xxs".
-        data: pictures uint8 (n, 3, size, size), of the size that the teachers take.
-        mean, std: (1, 3, 1, 1) on the device that computes.
+        images: the training pictures, in the order of the labels that are returned.
+        device: where the teachers run.
         cache: folder.
         batch: pictures at a time.
     """
-    key = hashlib.sha256(b"".join(zoo_weights(name).read_bytes() for name in teachers) + bytes(data.shape[-1]))
-    path = cache / f"soft-labels-{len(data)}-{key.hexdigest()[:12]}.pt"
+    key = hashlib.sha256(b"".join(zoo_weights(name).read_bytes() for name in teachers)).hexdigest()[:12]
+    path = cache / f"soft-labels-{len(images)}-{key}.pt"
     if path.exists():
-        return torch.load(path, weights_only=True).float().to(mean.device)
-    total: Tensor | None = None
-    for teacher in teachers:
-        module = load_model(teacher).module
-        module = module.to(mean.device, memory_format=torch.channels_last)
-        rows = []
-        with torch.inference_mode():
-            for part in data.split(batch):
-                x = ((part.to(mean.device).float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
-                rows.append((module(x).softmax(1) + module(x.flip(3)).softmax(1)) / 2)
-        total = torch.cat(rows) if total is None else total + torch.cat(rows)
-    assert total is not None
+        return torch.load(path, weights_only=True).float().to(device)
+    said = (torch.stack([_probabilities(name, images, device, batch) for name in teachers])).mean(0)
     beside = path.with_suffix(".part")
-    torch.save((total / len(teachers)).half().cpu(), beside)
+    torch.save(said.half().cpu(), beside)
     beside.replace(path)
-    return (total / len(teachers)).clone()
+    return said
+
+
+def _probabilities(teacher: str, images: list[Image.Image], device: torch.device, batch: int) -> Tensor:
+    loaded = load_model(teacher)
+    module = loaded.module.to(device, memory_format=torch.channels_last)
+    config = loaded.preprocessing_config
+    mean, std = (torch.tensor(config[key], device=device).view(1, 3, 1, 1) for key in ("mean", "std"))
+    data, _ = squash(images, config["input_size"][-1])
+    rows = []
+    with torch.no_grad():
+        for part in data.split(batch):
+            x = ((part.to(device).float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
+            rows.append((module(x).softmax(1) + module(x.flip(3)).softmax(1)) / 2)
+    return torch.cat(rows)

@@ -77,8 +77,7 @@ class Trainer:
         targets = F.one_hot(self.labels, classes) * (1 - smoothing) + smoothing / classes
         if not (settings := self.recipe.get("teacher")):
             return targets
-        pictures, _ = squash(self.train.images, self.stages[-1].size)
-        said = soft_labels(settings["nets"], pictures, self.mean, self.std, cache=self.out)
+        said = soft_labels(settings["nets"], self.train.images, self.device, cache=self.out)
         return targets * (1 - settings["share"]) + said * settings["share"]
 
     def run(self) -> None:
@@ -179,7 +178,7 @@ class Trainer:
 
 
 class Loader:
-    """A stage's pictures: augmented batches with their soft targets, a fresh pass each time; and those of validation."""
+    """A stage's pictures: augmented batches with soft targets, a fresh pass each time; and those of validation."""
 
     def __init__(self, trainer: Trainer, stage: Stage) -> None:
         self._trainer, self._size = trainer, stage.size

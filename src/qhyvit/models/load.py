@@ -15,7 +15,7 @@ from qhyvit.errors import ModelError
 from qhyvit.models.build import build_own, build_timm, classifiers, is_own, reason, seeded, timm_config
 from qhyvit.models.card import Card, read_card
 from qhyvit.models.state import classifier_classes, load_state, read_state
-from qhyvit.models.zoo import is_zoo, zoo_names, zoo_weights
+from qhyvit.models.zoo import is_zoo, zoo_weights
 
 DEMO = "demo"
 DEMO_WEIGHTS = Path(__file__).parent / "weights" / "demo_mobilevit_xxs.safetensors"
