@@ -74,7 +74,12 @@ def test_a_file_that_runs_code_is_refused_and_does_not_run(tmp_path: Path, legac
     assert not target.exists()
 
 
-@pytest.mark.parametrize("content", [nn.Linear(2, 2), {"state_dict": STATE, "args": argparse.Namespace(x=1)}])
+def test_arguments_of_a_training_script_are_passed_over(tmp_path: Path) -> None:
+    torch.save({"state_dict": STATE, "args": argparse.Namespace(x=1)}, tmp_path / "net.pth.tar")
+    assert same(read_state(tmp_path / "net.pth.tar"), STATE)
+
+
+@pytest.mark.parametrize("content", [nn.Linear(2, 2), {"state_dict": STATE, "args": argparse.Namespace(x=nn.ReLU())}])
 def test_python_objects_are_refused(tmp_path: Path, content: Any) -> None:
     torch.save(content, tmp_path / "net.pt")
     with pytest.raises(ModelError, match="Python objects"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,7 +25,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
     """Tensors of a weights file by name, on the CPU.
 
     A state dict may lie under `state_dict_ema`, `model_ema`, `state_dict` or `model` (in this order), and its names may
-    begin with `module.` or `_orig_mod.`, which are removed.
+    begin with `module.` or `_orig_mod.`, which are removed. Pickled files may end in .tar besides (`.pth.tar`), and may
+    hold the training script's `argparse.Namespace`, which is inert; no other Python objects.
 
     Raises:
         ModelError: if the file is missing, damaged, of another kind, or holds Python objects.
@@ -36,12 +38,13 @@ def read_state(path: Path) -> dict[str, Tensor]:
             return _unwrapped(load_file(path))
         except (SafetensorError, OSError) as error:
             raise ModelError(f"Weights {path} cannot be read ({error}); write the file again.") from None
-    if path.suffix not in _PICKLED:
+    if Path(path.name.removesuffix(".tar")).suffix not in _PICKLED:
         raise ModelError(
             f"Weights {path} are of an unknown kind; give a file ending in .safetensors, .pt, .pth or .bin."
         )
     try:
-        state = _find_state(torch.load(path, map_location="cpu", weights_only=True))
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = _find_state(torch.load(path, map_location="cpu", weights_only=True))
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError):
         raise ModelError(
             f"Weights {path} are damaged or hold Python objects, which are refused because loading them can run code; "
