@@ -57,15 +57,15 @@ class Trainer:
         torch.manual_seed(recipe["seed"])
         self.model = timm.create_model(recipe["model"], **recipe["model_args"])
         if init := recipe.get("init"):
-            self.model.load_state_dict(load_file(zoo_weights(init) if is_zoo(init) else args.data / init))
+            self.init = zoo_weights(init) if is_zoo(init) else args.data / init
+            self.model.load_state_dict(load_file(self.init))
         self.model.to(self.device, memory_format=torch.channels_last)
         self.ema = ModelEmaV3(self.model, decay=recipe["ema"], use_warmup=True)
-        self.optimizer = torch.optim.AdamW(decayed(self.model, recipe["weight_decay"]), lr=1e-3)
+        self.optimizer = torch.optim.AdamW(decayed(self.model, recipe["weight_decay"]), lr=1e-3, fused=True)
         self.generator = torch.Generator().manual_seed(recipe["seed"])
         self.targets = self.soft_targets()
         self.clock, self.history = Clock(), list[dict[str, Any]]()
         self.stage = self.step = self.epoch = self.seen = 0
-        self.stage_began = 0.0
         self.checkpoint = self.out / f"{recipe['name']}.ckpt"
         if args.resume and self.checkpoint.exists():
             self.restore()
@@ -84,22 +84,21 @@ class Trainer:
         """All stages that are left, then the weights and their card."""
         while self.stage < len(self.stages):
             stage = self.stages[self.stage]
-            loader = Loader(self, stage)
-            while (at := self.progress(stage, loader.steps)) < 1:
+            loader, done = Loader(self, stage), False
+            while not done:
                 self.one_epoch(stage, loader)
-                at = self.progress(stage, loader.steps)
-                if at >= 1:
-                    self.stage, self.step, self.stage_began = self.stage + 1, 0, self.clock.seconds
+                done = self.progress(stage, loader.steps) >= 1
+                if done:
+                    self.stage, self.step = self.stage + 1, 0
                 self.record(stage, loader)
-                if at >= 1:
-                    break
         self.finish()
 
     def progress(self, stage: Stage, steps: int) -> float:
-        """Share of the stage that is done."""
-        if stage.epochs is not None:
+        """Share of the current stage that is done."""
+        if stage.share is None:
             return self.step / (stage.epochs * steps)
-        return (self.clock.seconds - self.stage_began) / (stage.share * self.minutes * 60)
+        before = sum(earlier.share for earlier in self.stages[: self.stage])
+        return (self.clock.seconds / (self.minutes * 60) - before) / stage.share
 
     def one_epoch(self, stage: Stage, loader: Loader) -> None:
         """One pass over the pictures, or as much of it as the stage's time allows."""
@@ -137,9 +136,9 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds."""
-        counters = {key: getattr(self, key) for key in ("stage", "step", "epoch", "seen", "stage_began", "history")}
+        counters = {key: getattr(self, key) for key in ("stage", "step", "epoch", "seen", "history")}
         parts = {key: getattr(self, key).state_dict() for key in ("model", "ema", "optimizer")}
-        return {**counters, **parts, "generator": self.generator.get_state()}
+        return {**counters, **parts, "generator": self.generator.get_state(), "random": torch.get_rng_state()}
 
     def restore(self) -> None:
         """Go on from the checkpoint."""
@@ -147,6 +146,7 @@ class Trainer:
         for key in ("model", "ema", "optimizer"):
             getattr(self, key).load_state_dict(state.pop(key))
         self.generator.set_state(state.pop("generator").cpu())
+        torch.set_rng_state(state.pop("random").cpu())
         for key, value in state.items():
             setattr(self, key, value)
 
@@ -169,6 +169,8 @@ class Trainer:
             "pictures_seen": self.seen,
             "recipe": recipe,
         }
+        if recipe.get("init"):
+            card["began_from"] = began_from(recipe["init"], self.init)
         write(path.with_suffix(".json"), lambda p: p.write_text(json.dumps(card, indent=1)))
         score = evaluate(load_model(recipe["model"], weights=path), self.val_path)["float"]
         card["val_top1"] = round(score.top1, 4)
@@ -208,6 +210,14 @@ class Loader:
         )
         x = (torch.stack([transform(image) for image in t.val.images]).to(t.device) - t.mean) / t.std
         return x.contiguous(memory_format=torch.channels_last), t.val_labels
+
+
+def began_from(name: str, weights: Path) -> dict[str, Any]:
+    """What the card of the weights that a training began from says; its minutes and pictures come on top."""
+    path = weights.with_suffix(".json")
+    card = json.loads(path.read_text()) if path.is_file() else {}
+    keys = ("val_top1", "minutes", "pictures_seen", "recipe", "began_from")
+    return {"weights": name, **{key: card[key] for key in keys if key in card}}
 
 
 def decayed(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -208,7 +208,8 @@ def _source(name: str | nn.Module, path: Path | None, card: Card, pretrained: bo
     if name == DEMO:
         return "weights that ship with qhyvit (" + ", ".join(s for s in (card.architecture, score) if s) + ")", True
     if is_zoo(name):
-        return f"zoo weights ({', '.join(s for s in (card.architecture, score) if s)})", True
+        hint = "no basis for a claim" if card.basis_for_claims is False else ""
+        return f"zoo weights ({', '.join(s for s in (card.architecture, score, hint) if s)})", True
     if path:
         return f"weights from {path}" + (f" ({score})" if score else ""), True
     if isinstance(name, nn.Module):
