@@ -190,7 +190,17 @@ def test_export_of_the_float_model(result: Path, tmp_path: Path, run: Run) -> No
 @pytest.mark.parametrize(
     ("command", "names"),
     [
-        ("models", {"demo", "mobilevit_xxs", "mobilevitv2_050", "efficientformer_l1", "efficientformerv2_s0"}),
+        (
+            "models",
+            {
+                "demo",
+                "mobilevit_xxs",
+                "mobilevitv2_050",
+                "efficientformer_l1",
+                "efficientformerv2_s0",
+                "mobile_former_26m",
+            },
+        ),
         ("methods", {"minmax", "percentile", "mse", "kl"}),
         ("targets", {"onnxruntime", "simulate"}),
     ],

@@ -25,10 +25,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Model = Annotated[str, typer.Argument(help="demo, a timm name, or package.module:builder.", show_default=True)]
+Model = Annotated[
+    str, typer.Argument(help="demo, a timm name, torchvision/NAME, or pkg.module:builder.", show_default=True)
+]
 Folder = Annotated[Path, typer.Argument(help="A folder that `qhyvit quantize` wrote.")]
 Weights = Annotated[Path | None, typer.Option(help="State dict: .safetensors, .pth, .pt or .bin.")]
-Pretrained = Annotated[bool, typer.Option("--pretrained", help="Take timm's published weights (downloads).")]
+Pretrained = Annotated[bool, typer.Option("--pretrained", help="Take the published weights (downloads).")]
 InputSize = Annotated[int | None, typer.Option(help="Side of the pictures in pixels.", min=8)]
 Data = Annotated[str | None, typer.Option(help="Evaluation pictures: folder, zip, npz, flowers or photos.")]
 Limit = Annotated[int | None, typer.Option(help="Use at most so many pictures.", min=1)]
@@ -222,10 +224,10 @@ def _graph(model: str, weights: Path | None, pretrained: bool, input_size: int |
 
 @app.command(epilog="Example:\n\n`qhyvit models`, then `qhyvit quantize mobilevit_xs --pretrained -o out/`")
 def models(as_json: Json = False) -> None:
-    """Models by name: the demo net and the hybrid families. Every other timm classifier works too."""
+    """Models by name, with size, cost and published top-1. Every other timm or torchvision classifier works too."""
     from qhyvit.models.load import list_models
 
-    terminal.show_list(list_models(), as_json)
+    terminal.show_models(list_models(), as_json)
 
 
 @app.command(epilog="Example:\n\n`qhyvit methods`, then `qhyvit quantize --method minmax -o out/`")

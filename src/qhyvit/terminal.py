@@ -106,6 +106,31 @@ def show_list(rows: list[dict[str, Any]], as_json: bool) -> None:
     Console(highlight=False).print(table)
 
 
+def show_models(rows: list[dict[str, Any]], as_json: bool) -> None:
+    """Nets by name, with what they cost and what was published about them."""
+    if as_json:
+        print(json.dumps(rows))
+        return
+    table = Table()
+    table.add_column("name", no_wrap=True)
+    for title in ("params M", "MACs M", "input", "float %", "W8A8 %", "W6A6 %"):
+        table.add_column(title, justify="right")
+    for row in rows:
+        size = "×".join(map(str, dict.fromkeys(row["input_size"][1:])))
+        scores = [_published(row.get("published", {}).get(kind)) for kind in ("float", "w8a8", "w6a6")]
+        table.add_row(row["name"], f"{row['parameters']:.2f}", f"{row['macs']:.0f}", size, *scores)
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(
+        "Top-1 on ImageNet-1k as reported, not measured here; W8A8 and W6A6 by Q-HyViT, softmax and norms float.\n"
+        "† copied by a third party from the authors' table. The sources: qhyvit models --json"
+    )
+
+
+def _published(score: dict[str, Any] | None) -> str:
+    return f"{100 * score['top1']:.2f}{'†' if score['second_hand'] else ' '}" if score else ""
+
+
 def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.2f}"

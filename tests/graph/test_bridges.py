@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
+import qhyvit.models  # noqa: F401  registers Mobile-Former with timm
 from qhyvit.cli import app
 from qhyvit.errors import QhyvitError
 from qhyvit.graph.bridges import BridgeBlock, find_bridges
@@ -80,6 +81,11 @@ def graph_of(name: str, side: int) -> fx.GraphModule:
     except TypeError:
         model = timm.create_model(name)
     return capture(model, torch.zeros(1, 3, side, side))
+
+
+def net_of(name: str) -> Any:
+    with torch.device("meta"):
+        return timm.create_model(name)
 
 
 def graph_of_module(module: nn.Module, side: int = 16) -> fx.GraphModule:
@@ -403,6 +409,31 @@ class TwoWay(nn.Module):
         z = self.last(x, z)
         out: Tensor = self.head(torch.cat([x.mean((2, 3)), z[:, 0]], 1))
         return out
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks"),
+    [
+        ("mobile_former_26m", 8),
+        pytest.param("mobile_former_96m", 8, marks=pytest.mark.slow),
+        pytest.param("mobile_former_151m", 11, marks=pytest.mark.slow),
+        pytest.param("mobile_former_508m", 11, marks=pytest.mark.slow),
+    ],
+)
+def test_mobile_former(name: str, blocks: int) -> None:
+    """Two hand-overs a block, of which the one from the stem and the one to the classifier are not counted: 15, 21."""
+    graph = graph_of(name, 64)
+    found = find_bridges(graph)
+    assert len(found) == 2 * blocks - 1
+    assert modules(found)[0] == ("features.1.global_local.k", "features.1.global_local.proj")
+    for block in range(2, blocks + 1):
+        to_tokens, to_map = modules(found)[2 * block - 3 : 2 * block - 1]
+        last = "conv4.0" if hasattr(net_of(name).features[block - 1], "conv4") else "conv3.0"
+        f = f"features.{block}"
+        assert to_tokens == (f"features.{block - 1}.{last}", f"{f}.local_global.q", f"{f}.local_global.proj")
+        assert to_map == (f"{f}.global_local.k", f"{f}.global_local.proj")
+    check_blocks(graph, found, 64)
+    assert len(find_bridges(graph, exclude_entry_exit=False)) == 2 * blocks + 1
 
 
 def test_two_way_hand_overs() -> None:

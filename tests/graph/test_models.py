@@ -9,6 +9,7 @@ import timm
 import torch
 from identity import difference, kinds, pictures, randomise
 
+import qhyvit.models  # noqa: F401  registers Mobile-Former with timm
 from qhyvit.graph.capture import capture
 
 SLOW = pytest.mark.slow
@@ -22,6 +23,8 @@ MODELS = [
     ("efficientformer_l1", 224, {}),
     ("efficientformerv2_s0", 64, {"img_size": 64}),
     pytest.param("efficientformerv2_s1", 64, {"img_size": 64}, marks=SLOW),
+    ("mobile_former_26m", 64, {}),
+    pytest.param("mobile_former_96m", 64, {}, marks=SLOW),
     ("deit_tiny_patch16_224", 64, {"img_size": 64}),
     ("resnet18", 64, {}),
     pytest.param("mobilenetv3_small_100", 64, {}, marks=SLOW),

@@ -14,6 +14,7 @@ from typing import Any
 
 import timm
 import torch
+import torchvision
 from torch import nn
 
 import qhyvit.models.mobile_former  # noqa: F401  registers its nets with timm
@@ -45,6 +46,8 @@ def timm_config(name: str) -> dict[str, Any]:
         return {}
     architecture = name.split(".")[0]
     if not timm.is_model(architecture):
+        if name in torchvision.models.list_models(module=torchvision.models):
+            raise ModelError(f"timm has no model called {name!r}; did you mean torchvision/{name}?")
         near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else "see timm.list_models(), or give pkg.module:builder."
         raise ModelError(f"timm has no model called {name!r}; {hint}")

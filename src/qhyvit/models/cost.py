@@ -19,4 +19,5 @@ def multiply_adds(module: nn.Module, input_size: tuple[int, int, int]) -> int:
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         bare = copy.deepcopy(module).to("meta").eval().requires_grad_(False)
         bare(torch.zeros(1, *input_size))
-    return counter.get_total_flops() // 2
+    flops: int = counter.get_total_flops()
+    return flops // 2

@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from qhyvit.errors import ModelError
 from qhyvit.models.build import build_own, build_timm, classifiers, is_own, reason, seeded, timm_config
 from qhyvit.models.card import Card, read_card
+from qhyvit.models.cost import multiply_adds
+from qhyvit.models.from_torchvision import build_torchvision, is_torchvision
+from qhyvit.models.published import counts, published
 from qhyvit.models.state import classifier_classes, load_state, read_state
-from qhyvit.models.zoo import is_zoo, zoo_weights
+from qhyvit.models.zoo import is_zoo, zoo_names, zoo_weights
 
 DEMO = "demo"
 DEMO_WEIGHTS = Path(__file__).parent / "weights" / "demo_mobilevit_xxs.safetensors"
@@ -58,11 +61,12 @@ def load_model(
     """Build a model and load its weights.
 
     Args:
-        name: "demo" (the net that ships with the package), "zoo/NAME" (see `zoo`), a timm name, "pkg.mod:builder" (a
-            function that returns an `nn.Module`; the current folder is importable), or a module, which is copied.
+        name: "demo" (the net that ships with the package), "zoo/NAME" (see `zoo`), a timm name,
+            "torchvision/resnet18", "pkg.mod:builder" (a function that returns an `nn.Module`; the current folder is
+            importable), or a module, which is copied.
         weights: .safetensors, .pt, .pth or .bin file with a state dict. A JSON card beside it (`card.Card`) sets
             arguments of the net, preprocessing and class names.
-        pretrained: take timm's published weights, or pass `pretrained=True` to the builder.
+        pretrained: take timm's or torchvision's published weights, or pass `pretrained=True` to the builder.
         input_size: side of the pictures in pixels; default: the card's, else timm's for the net, else 224.
         num_classes: default: what the weights hold, else timm's for the net.
         seed: of the random weights, where there are no others.
@@ -77,9 +81,12 @@ def load_model(
     elif is_zoo(name):
         path = zoo_weights(str(name))
     card, state = (read_card(path), read_state(path)) if path else (Card(), None)
+    known: dict[str, Any] = {}
     with seeded(seed):
         if isinstance(name, nn.Module):
             module = _copied(name)
+        elif is_torchvision(name):
+            module, known = build_torchvision(name, state, pretrained, num_classes or card.num_classes)
         elif is_own(name):
             module = build_own(name, pretrained, num_classes or card.num_classes, seed)
         else:
@@ -88,7 +95,7 @@ def load_model(
     if state is not None and path is not None:
         load_state(module, state, path)
     module = module.float().eval()
-    config = timm.data.resolve_model_data_config(module, args=card.data_config)
+    config = timm.data.resolve_model_data_config(module, args=known | card.data_config)
     if input_size is not None:
         config["input_size"] = (config["input_size"][0], input_size, input_size)
     label = name if isinstance(name, str) else type(name).__name__
@@ -104,24 +111,34 @@ def load_model(
 
 
 def list_models() -> list[dict[str, Any]]:
-    """The demo net and the nets of the paper's families: `name`, `parameters` (millions), `input_size` (C, H, W).
+    """The demo net, the zoo and the nets of the paper's families. Nothing is downloaded and no weights are made.
 
-    Nothing is downloaded and no weights are made.
+    Each has `name`, `parameters` and `macs` (multiply-adds for one picture; both in millions), `input_size` (C, H, W)
+    and `published` (`published.published`: top-1 as reported, float and quantized by Q-HyViT).
     """
-    card = read_card(DEMO_WEIGHTS)
     rows = []
-    if architecture := card.architecture:
-        rows.append((DEMO, _on_meta(architecture, num_classes=card.num_classes), card.input))
+    for name, weights in {DEMO: DEMO_WEIGHTS, **{name: zoo_weights(name) for name in zoo_names()}}.items():
+        card = read_card(weights)
+        if card.architecture and card.input:
+            arguments = {key: value for key, value in card.create.items() if key != "model_name"}
+            rows.append(_row(name, card.input, card.architecture, **arguments))
     for name in timm.list_models(list(FAMILIES)):
-        rows.append((name, _on_meta(name), None))
-    return [
-        {
-            "name": name,
-            "parameters": sum(p.numel() for p in module.parameters()) / 1e6,
-            "input_size": tuple(size or module.pretrained_cfg["input_size"]),
-        }
-        for name, module, size in rows
-    ]
+        rows.append(_row(name, timm.get_pretrained_cfg(name).input_size))
+    return rows
+
+
+def _row(name: str, size: tuple[int, int, int], architecture: str = "", **arguments: Any) -> dict[str, Any]:
+    counted = counts(name)
+    if counted is None:  # newer than the file
+        module = _on_meta(architecture or name, **arguments)
+        counted = sum(p.numel() for p in module.parameters()), multiply_adds(module, size)
+    return {
+        "name": name,
+        "parameters": counted[0] / 1e6,
+        "macs": counted[1] / 1e6,
+        "input_size": tuple(size),
+        "published": published(name),
+    }
 
 
 def _on_meta(name: str, **arguments: Any) -> Any:
