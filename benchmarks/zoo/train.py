@@ -21,6 +21,7 @@ from typing import Any
 import timm
 import torch
 import yaml
+from output import began_from, stored, write, write_card
 from pictures import augment, read_archives, squash
 from safetensors.torch import load_file, save_file
 from schedule import Clock, Stage, read_stages
@@ -31,10 +32,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import qhyvit.models  # noqa: F401  registers the nets that timm lacks
-from qhyvit import evaluate, load_model
 from qhyvit.models.zoo import is_zoo, zoo_weights
-
-ENOUGH = 0.35  # top-1 on the 100 classes below which a net is no basis for a claim
 
 
 class Trainer:
@@ -56,6 +54,7 @@ class Trainer:
 
         torch.manual_seed(recipe["seed"])
         self.model = timm.create_model(recipe["model"], **recipe["model_args"])
+        self.init: Path | None = None
         if init := recipe.get("init"):
             self.init = zoo_weights(init) if is_zoo(init) else args.data / init
             self.model.load_state_dict(load_file(self.init))
@@ -151,32 +150,19 @@ class Trainer:
             setattr(self, key, value)
 
     def finish(self) -> None:
-        """Write weights and card; the card's top-1 is that of the weights as written, by qhyvit's own evaluation."""
+        """Write weights and card."""
         recipe, path = self.recipe, self.out / f"{self.recipe['name']}.safetensors"
         write(path, lambda p: save_file(stored(self.ema.module.state_dict(), recipe.get("fp16", True)), p))
-        size = self.stages[-1].size
-        card = {
-            "model": recipe["model"],
-            "library": f"timm {timm.__version__}",
-            "create": {"model_name": recipe["model"], **recipe["model_args"]},
+        told = {
             "classes": self.train.classes,
-            "input": [3, size, size],
-            **{key: recipe[key] for key in ("mean", "std", "crop_pct")},
-            "interpolation": "bicubic",
             "val": f"{recipe['val']}, {len(self.val.images)} pictures",
-            "data": recipe["train"],
             "minutes": round(self.clock.seconds / 60, 1),
             "pictures_seen": self.seen,
-            "recipe": recipe,
         }
-        if recipe.get("init"):
-            card["began_from"] = began_from(recipe["init"], self.init)
-        write(path.with_suffix(".json"), lambda p: p.write_text(json.dumps(card, indent=1)))
-        score = evaluate(load_model(recipe["model"], weights=path), self.val_path)["float"]
-        card["val_top1"] = round(score.top1, 4)
-        card["basis_for_claims"] = score.top1 >= ENOUGH
-        write(path.with_suffix(".json"), lambda p: p.write_text(json.dumps(card, indent=1)))
-        print(f"{path}: top-1 {score.top1:.4f}", flush=True)
+        if self.init:
+            told["began_from"] = began_from(recipe["init"], self.init)
+        score = write_card(path, recipe, self.stages[-1].size, told, self.val_path)
+        print(f"{path}: top-1 {score:.4f}", flush=True)
 
 
 class Loader:
@@ -212,14 +198,6 @@ class Loader:
         return x.contiguous(memory_format=torch.channels_last), t.val_labels
 
 
-def began_from(name: str, weights: Path) -> dict[str, Any]:
-    """What the card of the weights that a training began from says; its minutes and pictures come on top."""
-    path = weights.with_suffix(".json")
-    card = json.loads(path.read_text()) if path.is_file() else {}
-    keys = ("val_top1", "minutes", "pictures_seen", "recipe", "began_from")
-    return {"weights": name, **{key: card[key] for key in keys if key in card}}
-
-
 def decayed(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Parameter groups: weight decay for matrices and kernels, none for biases, norms and tables by position."""
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -235,19 +213,6 @@ def top1(model: torch.nn.Module, x: Tensor, y: Tensor, batch: int = 128) -> floa
     with torch.inference_mode():
         hits = sum(int((model(x[i : i + batch]).argmax(1) == y[i : i + batch]).sum()) for i in range(0, len(x), batch))
     return hits / len(x)
-
-
-def stored(state: dict[str, Tensor], half: bool) -> dict[str, Tensor]:
-    """Weights as they are written: matrices and kernels as fp16; vectors stay, as a variance may leave fp16's range."""
-    tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-    return {k: v.half() if half and v.is_floating_point() and v.ndim > 1 else v for k, v in tensors.items()}
-
-
-def write(path: Path, save: Any) -> None:
-    """Write beside, then rename: a stopped run leaves the old file whole."""
-    beside = path.with_suffix(path.suffix + ".part")
-    save(beside)
-    beside.replace(path)
 
 
 def main() -> None:

@@ -19,9 +19,10 @@ from safetensors.torch import load_file
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "zoo"
 sys.path.insert(0, str(FOLDER))
 
+from output import stored  # noqa: E402
 from pictures import augment, read_archives, squash  # noqa: E402
 from schedule import Stage, read_stages  # noqa: E402
-from train import Trainer, stored  # noqa: E402
+from train import Trainer  # noqa: E402
 
 from qhyvit.models import load_model  # noqa: E402
 

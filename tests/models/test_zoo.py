@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qhyvit.errors import ModelError
+from qhyvit.errors import DataError, ModelError
 from qhyvit.evaluation import evaluate
 from qhyvit.models import list_models, load_model
 from qhyvit.models.zoo import FOLDER, zoo_names, zoo_weights
@@ -84,3 +84,8 @@ def test_the_cards_accuracy_is_what_evaluation_gives(name: str) -> None:
     assert scores is not None
     assert scores.pictures == 2500
     assert scores.top1 == pytest.approx(card["val_top1"], abs=1e-9)
+
+
+def test_without_pictures_of_its_classes_a_zoo_net_is_not_scored() -> None:
+    with pytest.raises(DataError, match=r"other labels than the 100 classes of zoo/mobilevit_xxs; .* --data"):
+        evaluate(load_model("zoo/mobilevit_xxs"))
