@@ -19,8 +19,9 @@ def soft_labels(
 ) -> Tensor:
     """Mean class probabilities of the teachers on whole pictures and their mirror images, float32 (n, classes).
 
-    Computed once and kept under `cache`, by the content of the teachers' weights: on a CPU this is minutes of work, and
-    several students use it. That the students see shifted pictures, and the labels are those of the whole, is meant.
+    Each teacher's are computed once and kept under `cache`, by the content of its weights: on a CPU this is minutes of
+    work, and several students use it. That the students see shifted pictures, and the labels are those of the whole, is
+    meant.
 
     Args:
         teachers: nets of the zoo, such as "zoo/mobilevit_xxs".
@@ -29,15 +30,17 @@ def soft_labels(
         cache: folder.
         batch: pictures at a time.
     """
-    key = hashlib.sha256(b"".join(zoo_weights(name).read_bytes() for name in teachers)).hexdigest()[:12]
+    return torch.stack([_kept(name, images, device, cache, batch) for name in teachers]).mean(0)
+
+
+def _kept(teacher: str, images: list[Image.Image], device: torch.device, cache: Path, batch: int) -> Tensor:
+    key = hashlib.sha256(zoo_weights(teacher).read_bytes()).hexdigest()[:12]
     path = cache / f"soft-labels-{len(images)}-{key}.pt"
-    if path.exists():
-        return torch.load(path, weights_only=True).float().to(device)
-    said = (torch.stack([_probabilities(name, images, device, batch) for name in teachers])).mean(0)
-    beside = path.with_suffix(".part")
-    torch.save(said.half().cpu(), beside)
-    beside.replace(path)
-    return said
+    if not path.exists():
+        beside = path.with_suffix(".part")
+        torch.save(_probabilities(teacher, images, device, batch).half().cpu(), beside)
+        beside.replace(path)
+    return torch.load(path, weights_only=True).float().to(device)
 
 
 def _probabilities(teacher: str, images: list[Image.Image], device: torch.device, batch: int) -> Tensor:

@@ -22,6 +22,7 @@ sys.path.insert(0, str(FOLDER))
 from output import stored  # noqa: E402
 from pictures import augment, read_archives, squash  # noqa: E402
 from schedule import Stage, read_stages  # noqa: E402
+from teacher import soft_labels  # noqa: E402
 from train import Trainer  # noqa: E402
 
 from qhyvit.models import load_model  # noqa: E402
@@ -192,6 +193,26 @@ def test_resized_crops_are_of_the_size_asked_for_and_follow_the_generator() -> N
     assert one.shape == (4, 3, 16, 16)
     assert torch.equal(one, again)
     assert not torch.equal(one, other)
+
+
+# ---- soft labels
+
+
+def test_soft_labels_are_the_mean_of_the_teachers_and_computed_once(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, name, cpu = read_archives([data / "val.zip"]).images, "zoo/mobilevit_xxs", torch.device("cpu")
+    resized = [image.resize((64, 64)) for image in images]
+    said = soft_labels([name], resized, cpu, tmp_path)
+    loaded = load_model(name)
+    normalised = (squash(resized, 64)[0] / 255 - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor(
+        [0.229, 0.224, 0.225]
+    ).view(3, 1, 1)
+    with torch.no_grad():
+        both = [loaded.module(x).softmax(1) for x in (normalised, normalised.flip(-1))]
+    assert torch.allclose(said, (both[0] + both[1]) / 2, atol=1e-3)
+    monkeypatch.setattr("teacher.load_model", None)  # not built again
+    assert torch.equal(soft_labels([name, name], resized, cpu, tmp_path), said)
 
 
 # ---- schedule
