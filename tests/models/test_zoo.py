@@ -89,3 +89,12 @@ def test_the_cards_accuracy_is_what_evaluation_gives(name: str) -> None:
 def test_without_pictures_of_its_classes_a_zoo_net_is_not_scored() -> None:
     with pytest.raises(DataError, match=r"other labels than the 100 classes of zoo/mobilevit_xxs; .* --data"):
         evaluate(load_model("zoo/mobilevit_xxs"))
+
+
+def test_the_documentation_has_every_net_with_its_accuracy() -> None:
+    rows = (Path(__file__).parents[2] / "docs" / "zoo.md").read_text(encoding="utf-8").splitlines()
+    for name in zoo_names():
+        card = json.loads(zoo_weights(name).with_suffix(".json").read_text())
+        row = next(row for row in rows if row.startswith(f"| `{name}` |"))
+        assert f"| {100 * card['val_top1']:.1f} % |" in row
+        assert ("no basis for a claim" in row) is not card["basis_for_claims"]
