@@ -154,9 +154,14 @@ def with_labels(model: QuantizedModel | LoadedModel, data: Dataset | str | Path 
     try:
         return pictures.check_labels(known.num_classes, known.class_names), True
     except DataError:
-        if data is None and isinstance(model, QuantizedModel):
+        if data is not None:
+            raise
+        if isinstance(model, QuantizedModel):
             return pictures, False
-        raise
+        raise DataError(
+            f"The pictures that ship with qhyvit ({pictures.name}) have other labels than the {known.num_classes} "
+            f"classes of {known.name}; give labelled pictures of its classes with --data."
+        ) from None
 
 
 def opened(model: QuantizedModel | LoadedModel, data: Dataset | str | Path | None) -> Dataset:

@@ -18,7 +18,8 @@ class Card(BaseModel):
     """What a card says; every key may be missing, unknown keys are ignored.
 
     Keys: `create` (arguments of `timm.create_model`), `classes` (names, by index), `input` (channels, height, width),
-    `mean` and `std` (of pictures in 0..1), `crop_pct`, `crop_mode`, `interpolation`, `val_top1` (0..1) on `val`.
+    `mean` and `std` (of pictures in 0..1), `crop_pct`, `crop_mode`, `interpolation`, `val_top1` (0..1) on `val`,
+    `basis_for_claims` (false: trained too little for its losses under quantization to say something).
     In place of `mean`, `std` and `crop_pct` a card may have a sentence in `preprocessing`, such as
     "no resize; mean [0.5,0.5,0.5], std [0.5,0.5,0.5]".
     """
@@ -35,6 +36,7 @@ class Card(BaseModel):
     interpolation: str | None = None
     val_top1: float | None = None
     val: str | None = None
+    basis_for_claims: bool | None = None
 
     @model_validator(mode="before")
     @classmethod

@@ -20,6 +20,7 @@ from qhyvit.models.published import counts, published
 from qhyvit.models.state import classifier_classes, load_state, read_state
 from qhyvit.models.stress import Stress, default_images
 from qhyvit.models.stress import stress as make_twin
+from qhyvit.models.zoo import is_zoo, zoo_names, zoo_weights
 
 DEMO = "demo"
 DEMO_WEIGHTS = Path(__file__).parent / "weights" / "demo_mobilevit_xxs.safetensors"
@@ -63,8 +64,9 @@ def load_model(
     """Build a model and load its weights.
 
     Args:
-        name: "demo" (the net that ships with the package), a timm name, "torchvision/resnet18", "pkg.mod:builder" (a
-            function that returns an `nn.Module`; the current folder is importable), or a module, which is copied.
+        name: "demo" (the net that ships with the package), "zoo/NAME" (see `zoo`), a timm name,
+            "torchvision/resnet18", "pkg.mod:builder" (a function that returns an `nn.Module`; the current folder is
+            importable), or a module, which is copied.
         weights: .safetensors, .pt, .pth or .bin file with a state dict. A JSON card beside it (`card.Card`) sets
             arguments of the net, preprocessing and class names.
         pretrained: take timm's or torchvision's published weights, or pass `pretrained=True` to the builder.
@@ -83,6 +85,8 @@ def load_model(
     _check_options(name, path, pretrained, input_size, num_classes)
     if name == DEMO:
         path = DEMO_WEIGHTS
+    elif is_zoo(name):
+        path = zoo_weights(str(name))
     card, state = (read_card(path), read_state(path)) if path else (Card(), None)
     known: dict[str, Any] = {}
     with seeded(seed):
@@ -93,7 +97,7 @@ def load_model(
         elif is_own(name):
             module = build_own(name, pretrained, num_classes or card.num_classes, seed)
         else:
-            timm_name = name if name != DEMO else card.create.get("model_name", "mobilevit_xxs")
+            timm_name = card.create["model_name"] if name == DEMO or is_zoo(name) else name
             module = _timm(timm_name, card, state, path, pretrained, input_size, num_classes)
     if state is not None and path is not None:
         load_state(module, state, path)
@@ -128,15 +132,17 @@ def stressed(model: LoadedModel, asked: Stress | str) -> LoadedModel:
 
 
 def list_models() -> list[dict[str, Any]]:
-    """The demo net and the nets of the paper's families. Nothing is downloaded and no weights are made.
+    """The demo net, the zoo and the nets of the paper's families. Nothing is downloaded and no weights are made.
 
     Each has `name`, `parameters` and `macs` (multiply-adds for one picture; both in millions), `input_size` (C, H, W)
     and `published` (`published.published`: top-1 as reported, float and quantized by Q-HyViT).
     """
     rows = []
-    card = read_card(DEMO_WEIGHTS)
-    if card.architecture and card.input:
-        rows.append(_row(DEMO, card.input, card.architecture, num_classes=card.num_classes))
+    for name, weights in {DEMO: DEMO_WEIGHTS, **{name: zoo_weights(name) for name in zoo_names()}}.items():
+        card = read_card(weights)
+        if card.architecture and card.input:
+            arguments = {key: value for key, value in card.create.items() if key != "model_name"}
+            rows.append(_row(name, card.input, card.architecture, **arguments))
     for name in timm.list_models(list(FAMILIES)):
         rows.append(_row(name, timm.get_pretrained_cfg(name).input_size))
     return rows
@@ -173,6 +179,8 @@ def _check_options(
         raise ModelError("The demo model has its own weights; to load others name the net, mobilevit_xxs.")
     if name == DEMO and not DEMO_WEIGHTS.is_file():
         raise ModelError(f"The demo model's weights {DEMO_WEIGHTS} are missing; install qhyvit again.")
+    if is_zoo(name) and (path or pretrained):
+        raise ModelError(f"{name} has its own weights; to load others name the net that its card gives.")
     if isinstance(name, nn.Module) and pretrained:
         raise ModelError("A module given in memory has no pretrained weights to fetch; load them into it before.")
 
@@ -237,6 +245,9 @@ def _source(name: str | nn.Module, path: Path | None, card: Card, pretrained: bo
     score = f"top-1 {card.val_top1:.1%}" + (f" on {card.val}" if card.val else "") if card.val_top1 is not None else ""
     if name == DEMO:
         return "weights that ship with qhyvit (" + ", ".join(s for s in (card.architecture, score) if s) + ")", True
+    if is_zoo(name):
+        hint = "no basis for a claim" if card.basis_for_claims is False else ""
+        return f"zoo weights ({', '.join(s for s in (card.architecture, score, hint) if s)})", True
     if path:
         return f"weights from {path}" + (f" ({score})" if score else ""), True
     if isinstance(name, nn.Module):
