@@ -157,7 +157,7 @@ class _Search:
         return found[0]
 
     def _weight(self, name: str, error: LayerError, weight: Tensor, source: str | None) -> None:
-        x = error.quantized_input(self.parameters.activations[source] if source is not None else None)
+        x = error.quantized_input(self.parameters.uniform(source) if source is not None else None)
 
         def evaluate(quantizer: UniformAffine) -> Tensor:
             return error(x, error.grouped(quantizer(weight)))
@@ -231,7 +231,7 @@ class _Search:
                 channel_high=statistics.channel_high,
                 axis=site.channel_axis,
             )
-        incumbent = self.parameters.activations[site.value]
+        incumbent = self.parameters.uniform(site.value)
         start = Choice(incumbent, float(evaluate(incumbent).sum()))
         space = self._activation_space(site)
         chosen = search(space, extremes, evaluate, start, separable=separable)
