@@ -40,7 +40,7 @@ from qhyvit.targets import TARGETS
 
 RECIPE, INFO, GRAPH, METRICS = "recipe.yaml", "info.json", "graph.json", "metrics.json"
 FLOAT, QUANTIZED = "float.safetensors", "quantized.safetensors"
-FORMAT, VERSION = "qhyvit", 2
+FORMAT, VERSION = "qhyvit", 1
 
 
 def save(
@@ -283,7 +283,7 @@ def _parameters(info: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Param
     registry: Registry[Any]
     for kind, registry in (("weights", QUANTIZERS), ("activations", QUANTIZERS), ("operators", OPERATORS)):
         held[kind] = {}
-        for name, spec in specs[kind].items():
+        for name, spec in specs.get(kind, {}).items():
             prefix = f"{kind}.{name}."
             own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             own.pop("codes", None)

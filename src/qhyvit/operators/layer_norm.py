@@ -15,8 +15,8 @@ MULTIPLIER_BITS = 8
 class IntegerLayerNorm(IntegerOperator):
     """LayerNorm over the last axis, its output in units of the next quantizer's scale.
 
-    With x_q = (q - z)·2^(k_c): μ and σ come from sums of x_q and x_q²; the output's factor is A = γ·s_0 / (σ·s_out) and is
-    applied as an 8-bit multiplier M and a shift N. (The published form has no ε; here it enters σ², as in the float
+    With x_q = (q - z)·2^(k_c): μ and σ come from sums of x_q and x_q²; the output's factor is A = γ·s_0 / (σ·s_out) and
+    is applied as an 8-bit multiplier M and a shift N. (The published form has no ε; here it enters σ², as in the float
     norm.)
 
     Args:

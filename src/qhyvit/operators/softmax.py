@@ -1,8 +1,8 @@
 """Softmax in integers, with power-of-two outputs: log-int-softmax and its linear form.
 
-Scores are integers in units of the input's scale s, the row maximum taken off. exp(x) = 2^-q·exp(r) with r in (-ln 2, 0];
-exp(r) is a polynomial in integers (FQ-ViT, arXiv 2111.13824, after I-BERT) or a line (HyQ, IJCAI 2024). The sum over a
-row divided by an element is 1 / probability; its rounded logarithm is the code.
+Scores are integers in units of the input's scale s, the row maximum taken off. exp(x) = 2^-q·exp(r) with r in
+(-ln 2, 0]; exp(r) is a polynomial in integers (FQ-ViT, arXiv 2111.13824, after I-BERT) or a line (HyQ, IJCAI 2024). The
+sum over a row divided by an element is 1 / probability; its rounded logarithm is the code.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ from qhyvit.quantizers.base import Quantizer, check_bits, positive
 class Logarithmic(Quantizer):
     """Values s·2^(-k·step) for k = 0..2^bits - 1, and 0.
 
-    k = round(-log2(x / s) / step); where k would reach 2^bits, and for x <= 0, the value is 0. As published, zero has no
-    code among the 2^bits: it is masked, and has the code 2^bits here.
+    k = round(-log2(x / s) / step); where k would reach 2^bits, and for x <= 0, the value is 0. As published, zero has
+    no code among the 2^bits: it is masked, and has the code 2^bits here.
 
     Args:
         scale: () the largest value.

@@ -1,7 +1,7 @@
 """Power-of-two factor: one scale and zero point per tensor, shifted by a whole number of bits per channel.
 
-FQ-ViT (arXiv 2111.13824), for the inputs of norms: an integer norm shifts the codes of channel c by k_c and goes on with
-one scale. A convolution or linear cannot, as its sum runs over channels with different shifts.
+FQ-ViT (arXiv 2111.13824), for the inputs of norms: an integer norm shifts the codes of channel c by k_c and goes on
+with one scale. A convolution or linear cannot, as its sum runs over channels with different shifts.
 """
 
 from __future__ import annotations

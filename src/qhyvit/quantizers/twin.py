@@ -17,8 +17,8 @@ class TwinUniform(Quantizer):
     non-zero for one number: its error is an order of magnitude larger.)
 
     With `mirrored`, for functions such as GELU, the lower side is -2^(bits-1)..-1 times its step and the upper one
-    0..2^(bits-1) - 1 times its own; the split is 0. Otherwise, for softmax, both sides are 0..2^(bits-1) - 1 times their
-    step.
+    0..2^(bits-1) - 1 times its own; the split is 0. Otherwise, for softmax, both sides are 0..2^(bits-1) - 1 times
+    their step.
 
     Codes 0..2^(bits-1) - 1 are the upper side's multiples; the others, less 2^(bits-1), the lower side's (mirrored: the
     magnitude less 1).
