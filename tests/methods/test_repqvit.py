@@ -77,8 +77,8 @@ def test_behind_zero_padding_only_scales_are_folded() -> None:
     before = logits(case)
     (fold,) = folds(case.graph, case.sites, layers=True)
     assert not fold.shiftable
+    one = torch.ones(8, dtype=torch.float64)
     with pytest.raises(ValueError, match="cannot be balanced"):
-        one = torch.ones(8, dtype=torch.float64)
         balance(case.graph, fold.producer, 1, fold.site.readers, one, one)
     quantizer = reparameterize(case, fold, *channel_ranges(8, torch.float64), 8)
     assert int(quantizer.zero_point) == 128

@@ -40,6 +40,13 @@ class Formats:
         step = f"step 1/{(1 << bits) - 1}" if bits >= 8 else "the step of least squared error"
         return self.has(kind, f"softmax outputs are uint{bits} with {step} and zero point 0")
 
+    def has_channels(self, stand_in: str) -> bool:
+        """Whether the target executes activations with one scale per channel."""
+        if self._target.per_channel_activations:
+            return True
+        self._replaced["scales per channel", stand_in] = self._replaced.get(("scales per channel", stand_in), 0) + 1
+        return False
+
     def weight_scheme(self, wanted: Scheme) -> Scheme:
         """The scheme of weights: symmetric where the target takes no other."""
         if wanted == "symmetric" or self._target.asymmetric_weights:
