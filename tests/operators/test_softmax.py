@@ -81,6 +81,14 @@ def test_exponents_are_rounded_between_the_powers_as_published() -> None:
     assert build()(torch.zeros(1, 5)).tolist() == [[0.25] * 5]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_of_few_codes_still_give_probabilities(kind: Any) -> None:
+    """A scale above 2.7, where the integer constants would be 0."""
+    found = build(3.0, exponential=kind)(torch.tensor([[0.0, -3.0, -6.0]]))
+    assert bool(found.isfinite().all())
+    assert found[0, 0] == found.max() == 0.5
+
+
 def test_it_comes_back_from_its_specification() -> None:
     operator = build(0.03, 4, "linear")
     spec = json.loads(json.dumps(operator.spec()))

@@ -58,9 +58,9 @@ class IntegerSoftmax(IntegerOperator):
         shift = torch.floor(scores / ln2)
         rest = scores - shift * ln2
         if self.exponential == "linear":
-            e = rest + math.floor(LINE / scale)
+            e = rest + max(math.floor(LINE / scale), 1)  # at a coarse scale 0 would leave rows of zeros
         else:
-            e = (rest + math.floor(B / A / scale)) * rest + math.floor(C / A / scale**2)
+            e = (rest + math.floor(B / A / scale)) * rest + max(math.floor(C / A / scale**2), 1)
         return torch.floor(torch.ldexp(e, LARGEST_SHIFT - shift)).clamp_(min=0)
 
     def exponents(self, x: Tensor) -> Tensor:

@@ -86,14 +86,14 @@ class Walk:
 
     def run(self, rounds: int) -> None:
         """Alternate until nothing changes, `rounds` times at most."""
-        done: set[str] = set()
-        with task("Searching", len(self._layers) + len(self._products)) as advance:
+        done = frozenset(s for s in self._layers if s is not None)
+        products = self._components()
+        with task("Searching", len(self._layers) + len(products)) as advance:
             for source, names in self._layers.items():
                 self._search_layers(source, names, rounds)
-                done |= {source} - {None}  # type: ignore[arg-type]
                 advance(1)
-            for name in self._products:
-                done |= self._search_product(name, frozenset(done), rounds)
+            for names in products:
+                self._search_products(names, done, rounds)
                 advance(1)
 
     def _source(self, node: fx.Node, position: int) -> str | None:
@@ -129,27 +129,50 @@ class Walk:
     def _held(self, source: str | None, names: list[str]) -> list[Quantizer | None]:
         return [self.parameters.activations.get(source or ""), *(self.parameters.weights[n] for n in names)]
 
-    def _search_product(self, name: str, done: frozenset[str], rounds: int) -> set[str]:
-        sample: ProductSample = self.samples[name]
-        sources = [self._source(self._nodes[name], i) for i in range(2)]
+    def _search_products(self, names: list[str], done: frozenset[str], rounds: int) -> None:
+        """Products that share values; the error of a value is summed over all that it feeds."""
+        feeds = {name: [self._source(self._nodes[name], i) for i in range(2)] for name in names}
+        wanted = dict.fromkeys(s for sources in feeds.values() for s in sources if s is not None and s not in done)
         for _ in range(rounds):
-            before = [self.parameters.activations.get(s or "") for s in sources]
-            for position, source in enumerate(sources):
-                if source is None or source in done:
-                    continue
+            before = [self.parameters.activations[s] for s in wanted]
+            for source in wanted:
                 site = self._activations[source]
-                values = (sample.a, sample.b)[1 - position]
-                other = values if self.chooser.beside_float(site) else self._through(sources[1 - position], values)
+                fixed = {n: self._other_operands(n, feeds[n], source, site) for n in names if source in feeds[n]}
 
-                def error(q: Quantizer, position: int = position, other: Tensor = other) -> Tensor:
-                    a, b = (q(sample.a), other) if position == 0 else (other, q(sample.b))
-                    return self.chooser.product_error(sample, a, b)
+                def error(q: Quantizer, fixed: dict[str, list[Tensor | None]] = fixed) -> Tensor:
+                    found = []
+                    for name, (a, b) in fixed.items():
+                        sample: ProductSample = self.samples[name]
+                        a, b = (q(sample.a) if a is None else a), (q(sample.b) if b is None else b)
+                        found.append(self.chooser.product_error(sample, a, b))
+                    return torch.stack(found).sum()
 
                 chosen = self.chooser.activation(site, self.parameters.activations[source], error)
                 self.parameters.activations[source] = chosen
-            if all(self.parameters.activations.get(s or "") is b for s, b in zip(sources, before, strict=True)):
+            if all(self.parameters.activations[s] is b for s, b in zip(wanted, before, strict=True)):
                 break
-        return {s for s in sources if s is not None}
+
+    def _other_operands(
+        self, name: str, sources: list[str | None], source: str, site: ActivationSite
+    ) -> list[Tensor | None]:
+        """Operands that do not come from `source`, as the product sees them meanwhile; None for those that do."""
+        sample: ProductSample = self.samples[name]
+        plain = self.chooser.beside_float(site)
+        return [
+            None if s == source else values if plain else self._through(s, values)
+            for s, values in zip(sources, (sample.a, sample.b), strict=True)
+        ]
+
+    def _components(self) -> list[list[str]]:
+        """Products grouped so that groups have no value in common."""
+        groups: list[tuple[set[str], list[str]]] = []
+        for name in self._products:
+            sources = {s for i in range(2) if (s := self._source(self._nodes[name], i)) is not None}
+            joined = [g for g in groups if g[0] & sources]
+            groups = [g for g in groups if not g[0] & sources]
+            names = [n for _, members in joined for n in members]
+            groups.append((sources.union(*(g[0] for g in joined)), [*names, name]))
+        return [members for _, members in groups]
 
     def _through(self, source: str | None, values: Tensor) -> Tensor:
         if source is None:
