@@ -12,8 +12,14 @@ from torch import Tensor
 from qhyvit import store
 from qhyvit._tensors import pack, unpack
 from qhyvit.errors import ModelError, QhyvitError
+from qhyvit.operators import IntegerSoftmax
 from qhyvit.pipeline import export, quantize
 from qhyvit.quantized import QuantizedModel
+from qhyvit.quantizers.adalog import AdaLog
+from qhyvit.quantizers.log import Log2, LogSqrt2
+from qhyvit.quantizers.power_of_two import PowerOfTwoFactor
+from qhyvit.quantizers.sulq import sulq_from_range
+from qhyvit.quantizers.twin import twin_for_probabilities
 from qhyvit.recipe import Recipe
 from qhyvit.store import check_writable, exported_path, load, save, write_metrics
 from tiny import SIDE, calibration, fresh, quantized
@@ -307,3 +313,29 @@ def test_an_operator_without_export_leaves_nothing(tmp_path: Path, monkeypatch: 
     with pytest.raises(QhyvitError, match="softmax"):
         save(quantized(), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_every_number_format_and_integer_operator_is_kept(tmp_path: Path) -> None:
+    model = fresh(recipe=Recipe(target="simulate", scope="full"))
+    softmax = next(n for n in model.nodes if n.startswith("softmax"))
+    one = torch.ones(())
+    formats = [
+        Log2(one, bits=4),
+        LogSqrt2(one * 0.9, bits=4),
+        AdaLog(one * 0.7, bits=4, q=23, shift=0.1),
+        sulq_from_range(one * 1e-4, one, 1e-3, bits=4),
+        twin_for_probabilities(0.25, bits=4),
+        PowerOfTwoFactor(torch.full((16,), 0.5), torch.zeros(16).int(), torch.ones(16).int(), bits=8, axis=-1),
+    ]
+    x = images()
+    for quantizer in formats[:-1]:
+        model.parameters.activations[softmax] = quantizer
+        loaded = load(save(model, tmp_path / quantizer.kind))
+        assert_same(model, loaded, x)
+        assert loaded.parameters.activations[softmax].spec() == quantizer.spec()
+    tokens = next(s for s in model.sites.activations if s.shape[-1] == 16 and len(s.shape) == 3)
+    model.parameters.activations[tokens.value] = formats[-1]
+    model.parameters.operators[softmax] = IntegerSoftmax(one * 0.01, bits=4, axis=-1, exponential="linear")
+    loaded = load(save(model, tmp_path / "operators"))
+    assert_same(model, loaded, x)
+    assert not torch.equal(loaded.simulation()(x), model.simulation(integer=False)(x))

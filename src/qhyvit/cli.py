@@ -244,8 +244,13 @@ def models(as_json: Json = False) -> None:
 def methods(as_json: Json = False) -> None:
     """Quantization methods."""
     from qhyvit.methods import METHODS
+    from qhyvit.targets import TARGETS
 
-    rows = [{"name": n, "description": (m.__doc__ or "").strip().splitlines()[0]} for n, m in METHODS.items()]
+    rows = []
+    for name, method in METHODS.items():
+        lacking = {n: method.lacking(t) for n, t in TARGETS.items()}
+        replaced = "; ".join(f"{n}: {', '.join(kinds)}" for n, kinds in lacking.items() if kinds)
+        rows.append({"name": name, "description": method.description, "replaced": replaced})
     terminal.show_list(rows, as_json)
 
 

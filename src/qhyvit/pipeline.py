@@ -109,6 +109,7 @@ def quantize(
         "report": parameters.report,
     }
     quantized = QuantizedModel(graph, problem.sites, parameters, recipe, info, target.integer_bias)
+    target.check_parameters(quantized)
     target.settle(quantized)
     if recipe.bias_correction or parameters.correct_biases:
         correct_biases(quantized, pictures.stream())
@@ -244,6 +245,7 @@ def export(model: QuantizedModel, path: str | Path, *, target: str | None = None
     if chosen.export is None:
         raise TargetError(f"Target {chosen.name} exports nothing; choose another one with target=onnxruntime.")
     chosen.check(model.recipe, model.sites.modules())
+    chosen.check_parameters(model)
     model = replace(model, recipe=chosen.prepare(model.recipe))  # it may have been made for another target
     path = Path(path).expanduser()
     if path.is_dir():

@@ -14,6 +14,8 @@ from qhyvit.graph.ops import MATMUL, channel_axis, is_call, set_weight, tidy, we
 from qhyvit.graph.ops import copy_graph as copy_graph
 from qhyvit.graph.sites import Sites, source_site
 from qhyvit.integer import IntegerProduct
+from qhyvit.operators.base import IntegerOperator
+from qhyvit.quantizers.base import Quantizer
 from qhyvit.quantizers.uniform import UniformAffine
 from qhyvit.recipe import Recipe
 
@@ -23,23 +25,31 @@ class Parameters:
     """What a method chose.
 
     Attributes:
-        activations: quantizer of each activation site, by the site's value.
+        activations: quantizer of each activation site, by the site's value; of any format.
         weights: quantizer of each weight site, by its node.
         codes: integer weights (int32, the weight's shape) by node, where a method rounded them itself; all others are
             rounded to nearest.
         biases: changed biases (C_out,) by node (bias correction).
+        operators: integer forms of operators (softmax, norms), by node; the simulation computes these instead.
         notes: sentences for the report: what did not apply, and where.
         report: further JSON-able facts by topic, such as "overflow".
         correct_biases: whether the method wants biases corrected, whatever the recipe says.
     """
 
-    activations: dict[str, UniformAffine] = field(default_factory=dict)
+    activations: dict[str, Quantizer] = field(default_factory=dict)
     weights: dict[str, UniformAffine] = field(default_factory=dict)
     codes: dict[str, Tensor] = field(default_factory=dict)
     biases: dict[str, Tensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     report: dict[str, Any] = field(default_factory=dict)
     correct_biases: bool = False
+    operators: dict[str, IntegerOperator] = field(default_factory=dict)
+
+    def uniform(self, value: str) -> UniformAffine:
+        """The quantizer of an activation site that holds a uniform one."""
+        quantizer = self.activations[value]
+        assert isinstance(quantizer, UniformAffine), f"{value} has a quantizer of kind {quantizer.kind}"
+        return quantizer
 
 
 @dataclass
@@ -79,11 +89,10 @@ class QuantizedModel:
 
     def bias_scale(self, node: str) -> Tensor | None:
         """Scale (C_out,) of a layer's int32 bias: input scale × weight scale; None without one input scale."""
-        source = self.input_site(self.nodes[node], 0)
-        if source is None or self.parameters.activations[source].axis is not None:
+        quantizer = self._operand_quantizer(self.nodes[node], 0)
+        if quantizer is None:
             return None
-        weight = self.parameters.weights[node].scale
-        scale = self.parameters.activations[source].scale * weight
+        scale = quantizer.scale * self.parameters.weights[node].scale
         return scale.expand(self.codes(node).shape[0]) if scale.ndim == 0 else scale
 
     @cached_property
@@ -99,8 +108,9 @@ class QuantizedModel:
         """The graph with fake quantization at every site.
 
         Args:
-            integer: multiply codes, as the target's integer kernels do, where it has such kernels; False multiplies
-                dequantized floats everywhere, which is differentiable (straight-through).
+            integer: multiply codes, as the target's integer kernels do, where it has such kernels, and compute the
+                integer forms of operators; False computes on dequantized floats everywhere, which is differentiable
+                (straight-through).
         """
         graph = copy_graph(self.graph)
         nodes = {n.name: n for n in graph.graph.nodes}
@@ -120,14 +130,9 @@ class QuantizedModel:
             for reader in site.readers:
                 nodes[reader].replace_input_with(source, fake)
         for position, (name, product) in enumerate(products.items()):
-            graph.add_submodule(f"product_{position}", product)
-            old = nodes[name]
-            with graph.graph.inserting_before(old):
-                new = graph.graph.call_module(f"product_{position}", old.args[: product.operands])
-            new.meta = dict(old.meta)
-            old.replace_all_uses_with(new)
-            graph.graph.erase_node(old)
-            new.name = name
+            _replace(graph, nodes[name], f"product_{position}", product, product.operands)
+        for position, (name, operator) in enumerate(self.parameters.operators.items() if integer else ()):
+            _replace(graph, nodes[name], f"operator_{position}", copy.deepcopy(operator), 1)
         tidy(graph)
         return graph
 
@@ -145,16 +150,14 @@ class QuantizedModel:
             right = None if name in layers else self._operand_quantizer(node, 1)
             if left is None or (right is None and name not in layers):
                 continue
-            output = self.parameters.activations[name] if name in whole else None
-            if output is not None and output.axis is not None:
-                output = None
+            output = _integer_exact(self.parameters.activations[name]) if name in whole else None
             found[name] = self._product(node, left, right, output)
         return found
 
     def _operand_quantizer(self, node: fx.Node, position: int) -> UniformAffine | None:
+        """Quantizer of an operand that consists of integer codes with one scale, else None."""
         source = self.input_site(node, position)
-        quantizer = None if source is None else self.parameters.activations[source]
-        return quantizer if quantizer is not None and quantizer.axis is None else None
+        return None if source is None else _integer_exact(self.parameters.activations[source])
 
     def _product(
         self, node: fx.Node, left: UniformAffine, right: UniformAffine | None, output: UniformAffine | None
@@ -178,6 +181,23 @@ class QuantizedModel:
         if bias is None or scale is None:
             return bias
         return integer_bias(bias, scale) * scale
+
+
+def _integer_exact(quantizer: Quantizer) -> UniformAffine | None:
+    """A quantizer with whose codes integer kernels multiply and add: uniform, one scale per tensor."""
+    return quantizer if isinstance(quantizer, UniformAffine) and quantizer.axis is None else None
+
+
+def _replace(graph: fx.GraphModule, old: fx.Node, name: str, module: torch.nn.Module, operands: int) -> None:
+    """Let a module compute a node's value from its first operands, under the node's name."""
+    graph.add_submodule(name, module)
+    with graph.graph.inserting_before(old):
+        new = graph.graph.call_module(name, old.args[:operands])
+    new.meta = dict(old.meta)
+    old.replace_all_uses_with(new)
+    called = old.name
+    graph.graph.erase_node(old)
+    new.name = called
 
 
 def integer_bias(bias: Tensor, scale: Tensor) -> Tensor:

@@ -30,9 +30,12 @@ from qhyvit._tensors import pack, unpack
 from qhyvit.errors import ModelError, QhyvitError
 from qhyvit.graph.serialise import from_json, to_json
 from qhyvit.graph.sites import ActivationSite, Sites, WeightSite
+from qhyvit.operators import OPERATORS
 from qhyvit.quantized import Parameters, QuantizedModel
 from qhyvit.quantizers import QUANTIZERS
 from qhyvit.recipe import Recipe
+from qhyvit.registry import Registry
+from qhyvit.stored import Stored
 from qhyvit.targets import TARGETS
 
 RECIPE, INFO, GRAPH, METRICS = "recipe.yaml", "info.json", "graph.json", "metrics.json"
@@ -157,12 +160,13 @@ def _write(model: QuantizedModel, folder: Path, metrics: dict[str, Any] | None) 
     tensors: dict[str, Tensor] = {f"biases.{node}": bias for node, bias in parameters.biases.items()}
     for node, quantizer in parameters.weights.items():
         tensors[f"weights.{node}.codes"] = model.codes(node).to(_code_dtype(quantizer))
-    for kind, quantizers in (("weights", parameters.weights), ("activations", parameters.activations)):
-        for name, quantizer in quantizers.items():
-            tensors |= {f"{kind}.{name}.{key}": value for key, value in quantizer.state_dict().items()}
+    modules = _modules(parameters)
+    for kind, held in modules.items():
+        for name, module in held.items():
+            tensors |= {f"{kind}.{name}.{key}": value for key, value in module.state_dict().items()}
     strides = {}
-    for name, held in ((FLOAT, dict(model.graph.named_buffers(recurse=False))), (QUANTIZED, tensors)):
-        data, strides[name] = pack(held)
+    for name, packed in ((FLOAT, dict(model.graph.named_buffers(recurse=False))), (QUANTIZED, tensors)):
+        data, strides[name] = pack(packed)
         (folder / name).write_bytes(data)
     (folder / RECIPE).write_text(model.recipe.to_yaml(), encoding="utf-8", newline="\n")
     _write_json(folder / GRAPH, to_json(model.graph), indent=None)
@@ -172,10 +176,7 @@ def _write(model: QuantizedModel, folder: Path, metrics: dict[str, Any] | None) 
         "qhyvit": __version__,
         "model": model.info,
         "sites": asdict(model.sites),
-        "quantizers": {
-            "weights": {name: q.spec() for name, q in parameters.weights.items()},
-            "activations": {name: q.spec() for name, q in parameters.activations.items()},
-        },
+        "quantizers": {kind: {name: m.spec() for name, m in held.items()} for kind, held in modules.items()},
         "biases": sorted(parameters.biases),
         "notes": parameters.notes,
         "integer_bias": model.integer_bias,
@@ -187,6 +188,15 @@ def _write(model: QuantizedModel, folder: Path, metrics: dict[str, Any] | None) 
         write_metrics(folder, metrics)
     if target.export is not None and target.file_name is not None:
         target.export(model, folder / target.file_name, True)
+
+
+def _modules(parameters: Parameters) -> dict[str, Mapping[str, Stored]]:
+    """What is kept by its specification and its tensors."""
+    return {
+        "weights": parameters.weights,
+        "activations": parameters.activations,
+        "operators": parameters.operators,
+    }
 
 
 def _swap(beside: Path, place: Path, old: Path) -> None:
@@ -270,19 +280,21 @@ def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
 
 def _parameters(info: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Parameters:
     specs, held = info["quantizers"], dict[str, dict[str, Any]]()
-    for kind in ("weights", "activations"):
+    registry: Registry[Any]
+    for kind, registry in (("weights", QUANTIZERS), ("activations", QUANTIZERS), ("operators", OPERATORS)):
         held[kind] = {}
-        for name, spec in specs[kind].items():
+        for name, spec in specs.get(kind, {}).items():
             prefix = f"{kind}.{name}."
             own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             own.pop("codes", None)
-            held[kind][name] = QUANTIZERS[spec["kind"]].from_spec(spec, **own)
+            held[kind][name] = registry[spec["kind"]].from_spec(spec, **own)
     return Parameters(
         activations=held["activations"],
         weights=held["weights"],
         codes={name: tensors[f"weights.{name}.codes"].to(torch.int32) for name in specs["weights"]},
         biases={name: tensors[f"biases.{name}"] for name in info["biases"]},
         notes=list(info["notes"]),
+        operators=held["operators"],
     )
 
 
@@ -296,3 +308,5 @@ def _check_fit(model: QuantizedModel) -> None:
         for name in (activation.value, *activation.readers):
             model.nodes[name]
         model.parameters.activations[activation.value]
+    for node in model.parameters.operators:
+        model.nodes[node]

@@ -217,13 +217,13 @@ def test_specification_round_trip() -> None:
     x = _values(3, 6, 4)
     quantizer = uniform_from_range(x.amin(1), x.amax(1), bits=5, scheme="asymmetric", signed=True, axis=0)
     spec = json.loads(json.dumps(quantizer.spec()))
-    again = QUANTIZERS[spec["kind"]].from_spec(spec, quantizer.scale, quantizer.zero_point)
+    again = QUANTIZERS[spec["kind"]].from_spec(spec, scale=quantizer.scale, zero_point=quantizer.zero_point)
     assert again.spec() == quantizer.spec()
     assert torch.equal(again(x), quantizer(x))
     with pytest.raises(ValueError, match="specification"):
-        UniformAffine.from_spec({**spec, "kind": "log2"}, quantizer.scale, quantizer.zero_point)
+        UniformAffine.from_spec({**spec, "kind": "log2"}, scale=quantizer.scale, zero_point=quantizer.zero_point)
     with pytest.raises(ValueError, match="specification"):
-        UniformAffine.from_spec({**spec, "base": 2}, quantizer.scale, quantizer.zero_point)
+        UniformAffine.from_spec({**spec, "base": 2}, scale=quantizer.scale, zero_point=quantizer.zero_point)
 
 
 def test_tensors_are_in_the_state_dict() -> None:

@@ -34,7 +34,7 @@ def correct_biases(model: QuantizedModel, batches: Iterable[Tensor]) -> None:
         means[node.name] = _channel_means(node, value)
 
     with torch.inference_mode(), task("Correcting biases", 2) as advance:
-        for piece in images.split(8):
+        for piece in torch.split(images, 8):
             seen = dict(means)
             Watcher(model.graph, sites, keep).run(piece)
             for name, mean in means.items():

@@ -1,8 +1,8 @@
 """Zero points that overflow: channels, or whole tensors, whose range lies off 0 (Q-HyViT, challenge 2).
 
-An integer zero point inside the codes exists if and only if the range comes within half a step of 0. For a channel with positive values only
-a per-channel quantizer therefore has to waste codes on the gap below (range widened to hold 0), or to saturate
-(zero point clamped). The way out that costs nothing is to move the offset into the next layer's bias.
+An integer zero point inside the codes exists if and only if the range comes within half a step of 0. For a channel with
+positive values only a per-channel quantizer therefore has to waste codes on the gap below (range widened to hold 0), or
+to saturate (zero point clamped). The way out that costs nothing is to move the offset into the next layer's bias.
 """
 
 from __future__ import annotations
@@ -76,4 +76,5 @@ def count_overflows(problem: Problem) -> Overflows:
 def overflowing(low: Tensor, high: Tensor, bits: int) -> Tensor:
     """Where z = q_min - round(low / s), s = (high - low) / (2^bits - 1), is outside the codes; bool, as the ends."""
     step = (high.double() - low.double()) / (2**bits - 1)
-    return (low.double() > 0.5 * step) | (high.double() < -0.5 * step)
+    found: Tensor = (low.double() > 0.5 * step) | (high.double() < -0.5 * step)
+    return found

@@ -120,13 +120,14 @@ def weight_range(weight: Tensor, setting: str, options: RangeOptions, axis: int 
     if not bool((low.isfinite() & high.isfinite()).all()):
         raise ValueError(f"a weight {tuple(weight.shape)} is not finite")
     if setting == "percentile":
-        low, high = _row_percentiles(rows, low, high, options)
+        low, high = row_percentiles(rows, low, high, options)
     elif setting != "minmax":
         low, high = _row_least_error(rows, low, high, options)
     return (low[0], high[0]) if axis is None else (low, high)
 
 
-def _row_percentiles(rows: Tensor, low: Tensor, high: Tensor, options: RangeOptions) -> tuple[Tensor, Tensor]:
+def row_percentiles(rows: Tensor, low: Tensor, high: Tensor, options: RangeOptions) -> tuple[Tensor, Tensor]:
+    """Ends (C,) of the percentile range of each row (C, K), exact; `low` and `high` (C,) are the rows' extremes."""
     share = options.percentile / 100
     if options.scheme == "symmetric":
         end = _sorted_quantile(rows.abs().sort(dim=1).values, share)

@@ -1,15 +1,22 @@
 """Methods by name. A new one is a file here and a line below."""
 
-from qhyvit.methods import qhyvit, ranges
+from qhyvit.methods import easyquant, fqvit, hyq, ptq4vit, qhyvit, ranges, repqvit
 from qhyvit.methods.base import Method, Problem
 from qhyvit.registry import Registry
 
+FULLY_INTEGER = ("integer-softmax", "integer-layer-norm")
+
 METHODS: Registry[Method] = Registry("method")
 
-METHODS.register("minmax")(ranges.minmax)
-METHODS.register("percentile")(ranges.percentile)
-METHODS.register("mse")(ranges.mse)
-METHODS.register("kl")(ranges.kl)
-METHODS.register("qhyvit")(qhyvit.qhyvit)
+METHODS.register("minmax")(Method(ranges.minmax))
+METHODS.register("percentile")(Method(ranges.percentile))
+METHODS.register("mse")(Method(ranges.mse))
+METHODS.register("kl")(Method(ranges.kl))
+METHODS.register("qhyvit")(Method(qhyvit.qhyvit))
+METHODS.register("easyquant")(Method(easyquant.easyquant))
+METHODS.register("ptq4vit")(Method(ptq4vit.ptq4vit, formats=("twin-uniform",)))
+METHODS.register("fqvit")(Method(fqvit.fqvit, formats=("log2", "power-of-two"), operators=FULLY_INTEGER))
+METHODS.register("hyq")(Method(hyq.hyq, formats=("log2", "power-of-two"), operators=FULLY_INTEGER))
+METHODS.register("repqvit")(Method(repqvit.repqvit, formats=("log-sqrt2",)))
 
 __all__ = ["METHODS", "Method", "Problem"]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Protocol
+from typing import Any
 
 from torch import Tensor, fx
 
@@ -16,6 +17,7 @@ from qhyvit.graph.sites import ActivationSite, Sites, WeightSite
 from qhyvit.progress import task
 from qhyvit.quantized import Parameters
 from qhyvit.recipe import LayerBits, Recipe
+from qhyvit.targets import TARGETS, Target
 
 
 @dataclass
@@ -55,11 +57,16 @@ class Problem:
         with task("Calibrating", self.picture_count) as advance:
             return collect(self.graph, self.sites, self.pictures(), advance=advance, channels=channels)
 
+    @property
+    def target(self) -> Target:
+        """What the quantized net is for."""
+        return TARGETS[self.recipe.target]
+
     def bits(self, site: WeightSite | ActivationSite) -> LayerBits:
         """The recipe's settings for a site, overrides applied.
 
         The width of activations is that of the operands of products. In partial scope a value that is quantized only
-        because a target wants an operator's output as codes has 8 bits at least: the runtime stores it in 8 bits anyway.
+        because a target wants an operator's output as codes has 8 bits at least: it is stored in 8 bits anyway.
         """
         asked = self.recipe.for_layer(site.module)
         if isinstance(site, ActivationSite) and site.role == "output" and self.recipe.scope == "partial":
@@ -67,10 +74,43 @@ class Problem:
         return asked
 
 
-class Method(Protocol):
-    """A method: a function from a problem to parameters; its docstring cites the paper and lists the defaults."""
+@dataclass(frozen=True)
+class Method:
+    """A method and what it needs of a target.
 
-    __doc__: str | None
-    __name__: str
+    Attributes:
+        run: the function from a problem to parameters; its docstring cites the paper and lists the defaults.
+        formats: kinds of activation quantizers that it may choose beside the uniform one. On a target without such a
+            kind it falls back, and says so in `Parameters.notes`.
+        operators: kinds of integer operators, likewise.
+    """
 
-    def __call__(self, problem: Problem) -> Parameters: ...
+    run: Callable[[Problem], Parameters]
+    formats: tuple[str, ...] = ()
+    operators: tuple[str, ...] = ()
+
+    def __call__(self, problem: Problem) -> Parameters:
+        """Quantize."""
+        return self.run(problem)
+
+    @property
+    def description(self) -> str:
+        """The first line of the function's docstring."""
+        return (self.run.__doc__ or "").strip().split("\n")[0]
+
+    def lacking(self, target: Target) -> list[str]:
+        """Its formats and operators that a target does not execute, and that are replaced there."""
+        formats = [kind for kind in self.formats if not target.has_format(kind)]
+        return formats + [kind for kind in self.operators if not target.has_operator(kind)]
+
+
+def with_settings(problem: Problem, **changes: Any) -> Problem:
+    """The same problem (graph, sites, statistics) under a changed recipe; overrides by layer still win.
+
+    Args:
+        problem: not changed.
+        changes: recipe keys, for instance `weights={"scheme": "asymmetric"}`.
+    """
+    twin = copy.copy(problem)
+    twin.recipe = problem.recipe.updated(**changes)
+    return twin

@@ -7,11 +7,12 @@ to the neighbouring code.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from qhyvit.quantizers.base import Quantizer
 
 Scheme = Literal["symmetric", "asymmetric"]
 Zero = Literal["extend", "clamp"]
@@ -93,7 +94,7 @@ def _usable(scale: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(scale < _SMALLEST_SCALE, _SCALE_OF_ZEROS, scale)
 
 
-class UniformAffine(nn.Module):
+class UniformAffine(Quantizer):
     """Uniform affine quantizer with one scale per tensor or per channel.
 
     Every method casts its input to the scale's dtype first, so that the results are those of a float32 runtime.
@@ -110,7 +111,9 @@ class UniformAffine(nn.Module):
         ValueError: if shapes, bits, scale or zero point do not fit each other.
     """
 
-    executable = True  # integer runtimes have this format
+    kind: ClassVar[str] = "uniform"
+    fields: ClassVar[tuple[str, ...]] = ("bits", "signed", "axis", "scheme")
+    executable: ClassVar[bool] = True
 
     scale: Tensor
     zero_point: Tensor
@@ -157,23 +160,6 @@ class UniformAffine(nn.Module):
             out: Tensor = _StraightThrough.apply(x, scale, zero_point, self.quant_min, self.quant_max)  # type: ignore[no-untyped-call]
             return out
         return fake_quantize(x, scale, zero_point, self.quant_min, self.quant_max)
-
-    def spec(self) -> dict[str, Any]:
-        """Everything but the tensors, JSON-able; `from_spec` takes it back."""
-        fields = {"bits": self.bits, "signed": self.signed, "axis": self.axis, "scheme": self.scheme}
-        return {"kind": "uniform", **fields}
-
-    @classmethod
-    def from_spec(cls, spec: Mapping[str, Any], scale: Tensor, zero_point: Tensor) -> Self:
-        """The quantizer that `spec()` described.
-
-        Raises:
-            ValueError: if `spec` is of another kind, or its keys are not those of `spec()`.
-        """
-        fields = dict(spec)
-        if fields.pop("kind", None) != "uniform" or fields.keys() != {"bits", "signed", "axis", "scheme"}:
-            raise ValueError(f"not the specification of a uniform quantizer: {dict(spec)}")
-        return cls(scale, zero_point, **fields)
 
     def extra_repr(self) -> str:
         kind = f"{'int' if self.signed else 'uint'}{self.bits}, {self.scheme}"

@@ -22,7 +22,6 @@ from qhyvit.graph.ops import constant, shape, weight_of
 from qhyvit.methods.base import Problem
 from qhyvit.progress import task
 from qhyvit.quantized import Parameters
-from qhyvit.quantizers.uniform import UniformAffine
 from qhyvit.search.candidates import Candidates
 from qhyvit.search.gather import BATCH, Gradients
 from qhyvit.search.layers import Spaces
@@ -130,7 +129,7 @@ def _block_data(
     with torch.no_grad():
         Watcher(problem.graph, {*block.inputs, *targets}, lambda n, v: seen.__setitem__(n.name, v)).run(images)
     weights: dict[str, Tensor | None] = dict.fromkeys(targets)
-    parts = [gradients.of(set(targets), piece) for piece in images.split(BATCH)]
+    parts = [gradients.of(set(targets), piece) for piece in torch.split(images, BATCH)]
     if all(name in part for part in parts for name in targets):
         weights = {name: normalised(torch.cat([part[name] for part in parts]).square_()) for name in targets}
     return BlockData({n: seen[n] for n in block.inputs}, {n: seen[n] for n in targets}, weights)
@@ -185,9 +184,7 @@ class BlockSearch:
         space = self.spaces.activation(self.activations[site])
         self._choose(site, self.parameters.activations, self.error.first(site), extremes, space, round_)
 
-    def _choose(
-        self, name: str, table: dict[str, UniformAffine], start: int, extremes: Range, space: Space, round_: int
-    ) -> None:
+    def _choose(self, name: str, table: dict[str, Any], start: int, extremes: Range, space: Space, round_: int) -> None:
         """Search one operand; what comes before its first reader is computed once."""
         inside = {n.name for n in self.error.nodes[start:]}
         settled = {k: v for k, v in self.error.run(self.parameters).items() if k not in inside}

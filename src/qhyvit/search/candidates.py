@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from qhyvit.quantizers.uniform import Scheme, UniformAffine, Zero, affine_parameters, code_range, fake_quantize
@@ -44,7 +45,7 @@ class Candidates:
 
     def split(self, size: int) -> list[Candidates]:
         """In pieces of at most `size` candidates."""
-        pieces = zip(self.scale.split(size), self.zero_point.split(size), strict=True)
+        pieces = zip(torch.split(self.scale, size), torch.split(self.zero_point, size), strict=True)
         return [Candidates(s, z, self.bits, self.signed, self.scheme) for s, z in pieces]
 
     def build(self, axis: int | None) -> UniformAffine:

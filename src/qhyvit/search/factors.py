@@ -45,7 +45,7 @@ def best_factors(
         centres = table.topk(min(around, len(first)), dim=0, largest=False).indices
         steps = torch.tensor([s for d in range(1, coarse) for s in (d, -d)])
         near = (centres[:, None] + steps[None, :, None]).flatten(0, 1).clamp(0, n - 1)
-        near = near if channels > 1 else near.unique().view(-1, 1)
+        near = near if channels > 1 else torch.unique(near).view(-1, 1)
         table.scatter_(0, near, errors(factors[near]).cpu())
     index = table.argmin(0)
     return factors[index], table.gather(0, index[None])[0]

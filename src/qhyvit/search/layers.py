@@ -40,8 +40,10 @@ class Spaces:
     centred: bool = False
 
 
-def layer_errors(graph: fx.GraphModule, samples: dict[str, Any], *, centred: bool = False) -> dict[str, LayerError]:
-    """The weighted error of every sampled layer, by node name."""
+def layer_errors(
+    graph: fx.GraphModule, samples: dict[str, Any], *, centred: bool = False, kind: type[LayerError] = LayerError
+) -> dict[str, LayerError]:
+    """The error, of one kind, of every sampled layer, by node name."""
     found = {}
     for node in graph.graph.nodes:
         sample = samples.get(node.name)
@@ -51,7 +53,7 @@ def layer_errors(graph: fx.GraphModule, samples: dict[str, Any], *, centred: boo
         groups, k = sample.x.shape[1:]
         taps = weight[0, 0].numel() if is_call(node, CONVOLUTIONS) else 1
         channel_of = torch.arange(groups * k).div(taps, rounding_mode="floor").view(groups, k)
-        found[node.name] = LayerError(sample, weight, bias, channel_of, centred=centred)
+        found[node.name] = kind(sample, weight, bias, channel_of, centred=centred)
     return found
 
 
@@ -123,7 +125,7 @@ class LayerSearch:
 
     def _weight(self, name: str, error: LayerError, source: str | None, round_: int) -> None:
         weight, incumbent = self.float_weight(name), self.parameters.weights[name]
-        x = error.quantized_input(self.parameters.activations[source] if source is not None else None)
+        x = error.quantized_input(self.parameters.uniform(source) if source is not None else None)
         evaluate = WeightError(error, x, weight)
         rows = weight.flatten(1)
         extremes = Range(weight.min(), weight.max(), rows.amin(1), rows.amax(1), 0)
@@ -156,7 +158,7 @@ class LayerSearch:
                 fixed: Tensor = getattr(sample, other)
                 if other_site is not None:
                     heads = sample.head[:, None, None]
-                    fixed = Candidates.of(self.parameters.activations[other_site])(fixed, heads)[0]
+                    fixed = Candidates.of(self.parameters.uniform(other_site))(fixed, heads)[0]
                 evaluate = partial(product_errors, sample, operand, fixed)
                 direct = any(a.name == site for a in self.nodes[name].all_input_nodes)
                 by_head = direct and len(self.activations[site].shape) == 4
@@ -203,7 +205,7 @@ class LayerSearch:
                 channel_high=statistics.channel_high,
                 axis=site.channel_axis,
             )
-        incumbent = self.parameters.activations[site.value]
+        incumbent = self.parameters.uniform(site.value)
         start = Choice(incumbent, float(evaluate(Candidates.of(incumbent)).sum()))
         space = self.spaces.activation(site)
         chosen = search(space, extremes, evaluate, start, separable=separable, cost=cost, again=round_ > 0)

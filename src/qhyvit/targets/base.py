@@ -37,6 +37,8 @@ class Target:
         weight_bits, activation_bits: widths with integer kernels (any width up to the largest is stored in its type).
         asymmetric_weights: whether weights may have a zero point.
         per_channel_activations: whether an activation may have a scale per channel.
+        formats: kinds of quantizers that it executes for activations; None: all.
+        operators: kinds of integer operators that it executes (see `qhyvit.operators`); None: all.
         integer_bias: whether biases are int32.
         file_name: of the exported model; None where nothing is exported.
         prepare: completes a recipe for the machine at hand (saturation), the identity for most.
@@ -52,12 +54,47 @@ class Target:
     activation_bits: frozenset[int] = frozenset(range(2, 17))
     asymmetric_weights: bool = True
     per_channel_activations: bool = True
+    formats: frozenset[str] | None = None
+    operators: frozenset[str] | None = None
     integer_bias: bool = False
     file_name: str | None = None
     prepare: Callable[[Recipe], Recipe] = lambda recipe: recipe
     settle: Callable[[QuantizedModel], None] = lambda model: None
     export: Callable[[QuantizedModel, Path, bool], None] | None = None
     load: Callable[[Path, int | None], Session] | None = None
+
+    def has_format(self, kind: str) -> bool:
+        """Whether it executes activations of this kind of quantizer."""
+        return self.formats is None or kind in self.formats
+
+    def has_operator(self, kind: str) -> bool:
+        """Whether it executes this kind of integer operator."""
+        return self.operators is None or kind in self.operators
+
+    def check_parameters(self, model: QuantizedModel) -> None:
+        """Refuse by name the quantizers that this target cannot execute.
+
+        Raises:
+            TargetError: names the layer, the format and the way out.
+        """
+        modules = {s.value: s.module for s in model.sites.activations}
+        for value, quantizer in model.parameters.activations.items():
+            problem = None
+            if not self.has_format(quantizer.kind):
+                problem = f"activations of format {quantizer.kind}"
+            elif quantizer.axis is not None and not self.per_channel_activations:
+                problem = "activations with a scale per channel"
+            if problem:
+                raise TargetError(
+                    f"Target {self.name} has no kernel for {problem}, which method {model.recipe.method} chose in "
+                    f"layer {modules[value]}; quantize for target {self.name} instead, and the method will do without."
+                )
+        for node, operator in model.parameters.operators.items():
+            if not self.has_operator(operator.kind):
+                raise TargetError(
+                    f"Target {self.name} has no kernel for {operator.kind}, which method {model.recipe.method} chose "
+                    f"in layer {model.nodes[node].meta['module']}; quantize for target {self.name}."
+                )
 
     def check(self, recipe: Recipe, modules: list[str]) -> None:
         """Refuse by name what this target cannot execute.

@@ -190,7 +190,7 @@ class Lowering:
         self.values[node] = value
         site = self.sites.get(node.name)
         if site is not None:
-            quantizer = self.model.parameters.activations[site.value]
+            quantizer = self.model.parameters.uniform(site.value)
             if quantizer.axis is not None:
                 value = self._full(value, node)
             self.codes[node] = self.b.quantize(value.name, quantizer, quantizer.axis, value.flat)

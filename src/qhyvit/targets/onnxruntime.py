@@ -55,9 +55,10 @@ def settle(model: QuantizedModel) -> None:
 
     Such a scale widens the range, by less than one part in the number of codes.
     """
-    for name, quantizer in model.parameters.activations.items():
+    for name in model.parameters.activations:
         node = model.nodes[name]
         if is_call(node, aten.softmax.int) and model.input_site(node, 0) is not None:
+            quantizer = model.parameters.uniform(name)
             inverse = torch.floor(1 / quantizer.scale.double()).clamp(min=1)
             scale = (1 / inverse).float()
             lost = torch.floor(1 / scale) < inverse  # in float32, as the kernel reckons: 1 / (1 / 7) is 6.99…
@@ -145,6 +146,8 @@ ONNXRUNTIME = Target(
     activation_bits=frozenset(range(2, 9)),
     asymmetric_weights=False,
     per_channel_activations=False,
+    formats=frozenset({"uniform"}),
+    operators=frozenset(),
     integer_bias=True,
     file_name="model.onnx",
     prepare=prepare,
