@@ -13,13 +13,16 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from dataclasses import replace
 from statistics import mean, stdev
 from typing import Any
 
 import torch
 import yaml
 
+from qhyvit.data.preprocessing import Preprocessing
 from qhyvit.evaluation import evaluate
+from qhyvit.graph.capture import capture
 from qhyvit.models.load import LoadedModel, load_model
 from qhyvit.pipeline import quantize
 
@@ -50,7 +53,9 @@ def main() -> None:
 
 
 def _grid(args: argparse.Namespace, stress: str, loaded: LoadedModel) -> None:
-    """All widths and methods on one net."""
+    """All widths and methods on one net, captured once."""
+    size = Preprocessing.from_config(loaded.preprocessing_config).input_size
+    loaded = replace(loaded, module=capture(loaded.module, torch.zeros(1, *size)))
     for bits in args.bits.split(","):
         for name in args.methods.split(","):
             method, *given = name.split(":")
