@@ -20,6 +20,7 @@ from qhyvit.quantized import Parameters, QuantizedModel
 from qhyvit.recipe import Granularity
 from qhyvit.search.balancing import balance_all
 from qhyvit.search.blocks import reconstruct_bridges
+from qhyvit.search.equalising import equalise_streams
 from qhyvit.search.factors import FACTORS
 from qhyvit.search.gather import gather
 from qhyvit.search.layers import LayerSearch, Spaces, layer_errors
@@ -113,11 +114,16 @@ def qhyvit(problem: Problem) -> Parameters:
     overflows = count_overflows(problem)
     samples = gather(problem, options.gradient, options.positions)
     if options.balance:
+        streams = equalise_streams(problem, samples, layer_errors(problem.graph, samples))
+        if streams:
+            samples = gather(problem, options.gradient, options.positions)
         changed = balance_all(problem, samples, layer_errors(problem.graph, samples))
         if changed:
-            parameters = set_ranges(problem, options.start)
             samples = gather(problem, options.gradient, options.positions)
-        parameters.notes.append(f"qhyvit: {len(changed)} values shifted or scaled by channel")
+        if streams or changed:
+            parameters = set_ranges(problem, options.start)
+        note = f"qhyvit: {streams} residual streams and {len(changed)} single values shifted or scaled by channel"
+        parameters.notes.append(note)
     parameters.notes += overflows.notes(count_overflows(problem) if options.balance else None)
     parameters.report["overflow"] = overflows.to_dict()
     spaces = _spaces(problem, options)

@@ -88,37 +88,47 @@ def _choose(
     low, high = statistics.channel_low.float(), statistics.channel_high.float()
     can_shift = shiftable(problem.graph, node, site.channel_axis, site.readers)
     tried = candidates(low, high, can_shift)
-    found = [_error(problem, site, layers, errors, c, low, high) for c in tried]
+    found = [changed_error(problem, site, [_changed(c, low, high, *at) for at in layers], errors) for c in tried]
     best = min(range(len(tried)), key=found.__getitem__)
     return tried[best] if found[best] < GAIN * found[0] else None
 
 
-def _error(
-    problem: Problem,
-    site: ActivationSite,
-    layers: list[tuple[str, Tensor]],
-    errors: dict[str, LayerError],
-    candidate: Candidate,
-    low: Tensor,
-    high: Tensor,
+@dataclass(frozen=True)
+class ChangedInput:
+    """A layer whose input channels would be shifted and scaled.
+
+    Attributes:
+        layer: its node name.
+        factor, offset: t and m of each input channel, (C_in,).
+        low, high: extremes of each input channel before the change, (C_in,).
+    """
+
+    layer: str
+    factor: Tensor
+    offset: Tensor
+    low: Tensor
+    high: Tensor
+
+
+def _changed(candidate: Candidate, low: Tensor, high: Tensor, layer: str, index: Tensor) -> ChangedInput:
+    return ChangedInput(layer, candidate.factor[index], candidate.offset[index], low[index], high[index])
+
+
+def changed_error(
+    problem: Problem, site: ActivationSite, layers: list[ChangedInput], errors: dict[str, LayerError]
 ) -> float:
-    """Summed error of the layers behind, with the best of a few clipped ranges for the changed value."""
+    """Summed error of the layers that read a value, with the best of a few clipped ranges for the changed value."""
     asked = problem.bits(site)
-    bottom = ((low - candidate.offset) / candidate.factor).min()
-    top = ((high - candidate.offset) / candidate.factor).max()
+    bottom = min(((c.low - c.offset) / c.factor).min() for c in layers)
+    top = max(((c.high - c.offset) / c.factor).max() for c in layers)
     totals = torch.zeros(len(SHRINK))
-    for name, index in layers:
-        error = errors[name]
-        t, m = error.per_position(candidate.factor[index]), error.per_position(candidate.offset[index])
+    for change in layers:
+        error = errors[change.layer]
+        t, m = error.per_position(change.factor), error.per_position(change.offset)
         weight = error.weight * t
         axis_low, axis_high = weight.amin(1), weight.amax(1)  # over K; (G, O)
         quantizer = uniform_from_range(
-            axis_low.flatten(),
-            axis_high.flatten(),
-            bits=problem.recipe.for_layer(site.module).weight_bits,
-            scheme="symmetric",
-            signed=True,
-            axis=0,
+            axis_low.flatten(), axis_high.flatten(), bits=asked.weight_bits, scheme="symmetric", signed=True, axis=0
         )
         rows = weight.transpose(1, 2)
         coded = quantizer(rows.flatten(0, 1)).view(rows.shape).transpose(1, 2)
