@@ -80,7 +80,7 @@ def test_every_choice_costs_at_most_one_percent_against_brute_force(
 
     monkeypatch.setattr(layers, "search", both)
     monkeypatch.setattr(
-        operands, "BUDGET", 1 << 22
+        operands, "BUDGET", 1 << 24
     )  # as if the layers were larger; the smallest are brute force anyway
     qhyvit(problem(bits, target, gradient=gradient, rounds=1))
     assert len(compared) >= 4 + 6  # weights and activations

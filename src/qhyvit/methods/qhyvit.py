@@ -110,20 +110,11 @@ def qhyvit(problem: Problem) -> Parameters:
     """Q-HyViT: scale, granularity and scheme of each operand by reconstruction error, bridge blocks as a whole."""
     options = read_options(problem.recipe.options)
     problem.per_channel = True
-    parameters = set_ranges(problem, options.start)
     overflows = count_overflows(problem)
+    note = _even_out(problem, options) if options.balance else None
+    parameters = set_ranges(problem, options.start)
     samples = gather(problem, options.gradient, options.positions)
-    if options.balance:
-        streams = equalise_streams(problem, samples, layer_errors(problem.graph, samples))
-        if streams:
-            samples = gather(problem, options.gradient, options.positions)
-        changed = balance_all(problem, samples, layer_errors(problem.graph, samples))
-        if changed:
-            samples = gather(problem, options.gradient, options.positions)
-        if streams or changed:
-            parameters = set_ranges(problem, options.start)
-        note = f"qhyvit: {streams} residual streams and {len(changed)} single values shifted or scaled by channel"
-        parameters.notes.append(note)
+    parameters.notes += [note] if note else []
     parameters.notes += overflows.notes(count_overflows(problem) if options.balance else None)
     parameters.report["overflow"] = overflows.to_dict()
     spaces = _spaces(problem, options)
@@ -140,6 +131,20 @@ def qhyvit(problem: Problem) -> Parameters:
         parameters.notes.append(_bridge_note(blocks))
     parameters.correct_biases = options.bias
     return parameters
+
+
+def _even_out(problem: Problem, options: Options) -> str:
+    """Shift and scale channels, streams first; returns a sentence for the report."""
+
+    def sample() -> dict[str, Any]:
+        return gather(problem, options.gradient, options.positions // 2, only_layers=True)
+
+    samples = sample()
+    streams = equalise_streams(problem, samples, layer_errors(problem.graph, samples))
+    if streams:
+        samples = sample()
+    changed = balance_all(problem, samples, layer_errors(problem.graph, samples))
+    return f"qhyvit: {streams} residual streams and {len(changed)} single values shifted or scaled by channel"
 
 
 def _bridge_note(blocks: list[dict[str, Any]]) -> str:
@@ -164,7 +169,8 @@ def _spaces(problem: Problem, options: Options) -> Spaces:
             grains = ("per-tensor", "per-channel")
         if released:
             schemes, grains = ("symmetric",), ("per-channel" if site.kind == "conv" else "per-tensor",)
-        return Space(asked.weight_bits, True, schemes, grains, zero, coarse=options.coarse, factors=factors)
+        fine = max(1, options.coarse // 2)  # few numbers a channel: the error jumps from candidate to candidate
+        return Space(asked.weight_bits, True, schemes, grains, zero, coarse=fine, factors=factors)
 
     def activation(site: ActivationSite) -> Space:
         asked = problem.bits(site)

@@ -8,7 +8,7 @@ quantized, the incumbents being what the layer-wise search found: coordinate des
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,7 +27,9 @@ from qhyvit.search.gather import BATCH, Gradients
 from qhyvit.search.layers import Spaces
 from qhyvit.search.operands import Choice, Range, Space, search
 
-NUMBERS = 1 << 19  # of a block's largest value that are kept, whole pictures
+NUMBERS = 1 << 18  # of a block's largest value that are kept, whole pictures
+
+COARSE = 8  # every so many candidates are tried first: running a block costs more than running a layer
 
 
 @dataclass
@@ -198,6 +200,8 @@ class BlockSearch:
             table[name] = incumbent
             return torch.stack(found)[:, None].float()
 
+        if space.coarse > 1:
+            space = replace(space, coarse=COARSE)
         first = Choice(incumbent, float(evaluate(Candidates.of(incumbent)).sum()))
         table[name] = search(space, extremes, evaluate, first, separable=False, again=round_ > 0).quantizer
 

@@ -42,7 +42,8 @@ def equalise_streams(problem: Problem, samples: dict[str, Any], errors: dict[str
 
     Args:
         problem: its graph is rewritten, its sites and statistics are found again.
-        samples, errors: by layer name.
+        samples: by layer name.
+        errors: by layer name.
 
     Returns:
         How many streams were changed.

@@ -22,7 +22,7 @@ def best_factors(
     *,
     factors: Tensor = FACTORS,
     coarse: int = 4,
-    around: int = 4,
+    around: int = 3,
 ) -> tuple[Tensor, Tensor]:
     """Candidates of least error.
 

@@ -53,13 +53,21 @@ class Gradients:
         return gradients(self._default, names, images, kl_to_float(reference))
 
 
-def gather(problem: Problem, source: Source, positions: int, *, graph: fx.GraphModule | None = None) -> dict[str, Any]:
+def gather(
+    problem: Problem,
+    source: Source,
+    positions: int,
+    *,
+    graph: fx.GraphModule | None = None,
+    only_layers: bool = False,
+) -> dict[str, Any]:
     """Samples by node name (layers and products) and by "value:" + name (all activation sites).
 
     Args:
         problem: the net; its recipe's seed draws the positions.
         source: where gradients come from.
         positions: to keep per layer.
+        only_layers: leave out products and single values.
         graph: where inputs and outputs are sampled, with the nodes of the problem's; default: the float graph.
     """
     graph = problem.graph if graph is None else graph
@@ -67,6 +75,8 @@ def gather(problem: Problem, source: Source, positions: int, *, graph: fx.GraphM
     layers = [s.node for s in problem.sites.weights if _supported(problem.graph, s.node)]
     products = [n.name for n in problem.graph.graph.nodes if is_call(n, MATMUL) and _has_site(problem, n)]
     values = [s.value for s in problem.sites.activations]
+    if only_layers:
+        products, values = [], []
     generator = torch.Generator().manual_seed(problem.recipe.seed)
     parts: dict[str, list[Any]] = {}
     share = BATCH / max(problem.picture_count, BATCH)

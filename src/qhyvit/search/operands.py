@@ -22,7 +22,7 @@ from qhyvit.search.factors import FACTORS, best_factors
 BUDGET = (
     1 << 27
 )  # multiply-adds (about ten milliseconds) that all candidates of a range may cost before some are left out
-LOCAL = torch.tensor([0.7, 0.8, 0.86, 0.9, 0.93, 0.95, 0.97, 0.985, 1.015, 1.03, 1.06, 1.1, 1.16])
+LOCAL = torch.tensor([0.8, 0.88, 0.94, 0.97, 1.02, 1.05, 1.1, 1.18])
 
 
 @dataclass(frozen=True)
