@@ -18,6 +18,7 @@ from qhyvit.graph.capture import capture
 from qhyvit.graph.streams import find_streams
 from qhyvit.models.load import LoadedModel, load_model, stressed
 from qhyvit.models.stress import KINDS, Stress, _between_layers, default_images, measure, stress
+from qhyvit.quantized import copy_graph
 
 SIDE = 32
 
@@ -73,13 +74,17 @@ def ranges_of(twin: fx.GraphModule, x: Tensor) -> Any:
 )
 def test_the_twin_is_the_same_function(name: str) -> None:
     model = load_model(name, input_size=64 if name.startswith("mobilevit") else None)
-    x = default_images(model.preprocessing_config)
+    x = default_images(model.preprocessing_config)[:8]
     graph = capture(model.module, x[:1])
+    exact = copy_graph(graph).double()
     for kind in KINDS:
-        assert difference(graph.float(), stress(graph, kind, images=x[:4]), x[4:8]) <= 1e-5
+        twin = stress(graph, kind, images=x[:4])
+        if model.trained:  # random nets amplify the rounding of float32 sums, their own as well
+            assert difference(graph, twin, x) <= 1e-5
+        assert difference(exact, twin.double(), x.double()) <= 1e-5  # float32 weights
         for everywhere in (False, True):
-            twin = stress(graph.double(), kind, images=x[:4].double(), everywhere=everywhere)
-            assert difference(graph, twin, x[4:8].double()) <= 1e-10
+            twin = stress(exact, kind, images=x[:4].double(), everywhere=everywhere)
+            assert difference(exact, twin, x.double()) <= 1e-10
 
 
 @pytest.mark.parametrize("spread", [10, 100])
