@@ -68,8 +68,7 @@ def ranges_of(twin: fx.GraphModule, x: Tensor) -> Any:
     "name",
     [
         "demo",
-        "mobilevitv2_050",
-        *(pytest.param(n, marks=pytest.mark.slow) for n in ("mobilevit_xxs", "efficientformer_l1")),
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("mobilevit_xxs", "mobilevitv2_050", "efficientformer_l1")),
     ],
 )
 def test_the_twin_is_the_same_function(name: str) -> None:
