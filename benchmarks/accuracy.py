@@ -3,9 +3,10 @@
     python benchmarks/accuracy.py mobilevit_xxs --weights net.safetensors --calib train.zip --data val.zip \
         --bits w8a8,w6a6,w4a8,w4a4 --methods mse,qhyvit --seeds 3
 
-A method may carry options: `qhyvit:gradient=fisher:balance=false`. --stress adds rows for twins (docs/stress.md). All rows see the same pictures: each seed draws its
+A method may carry options: `qhyvit:gradient=fisher:balance=false`. All rows see the same pictures: each seed draws its
 own --calib-size pictures, the same for every method. Prints a Markdown table: top-1 of float, then top-1, agreement
 with the float net's top-1, and SQNR of the logits of the simulation, mean ± standard deviation, and seconds.
+--stress adds rows for twins (docs/stress.md).
 """
 
 from __future__ import annotations
