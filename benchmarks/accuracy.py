@@ -6,6 +6,7 @@
 A method may carry options: `qhyvit:gradient=fisher:balance=false`. All rows see the same pictures: each seed draws its
 own --calib-size pictures, the same for every method. Prints a Markdown table: top-1 of float, then top-1, agreement
 with the float net's top-1, and SQNR of the logits of the simulation, mean ± standard deviation, and seconds.
+--stress adds rows for twins (docs/stress.md).
 """
 
 from __future__ import annotations

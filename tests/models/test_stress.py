@@ -18,6 +18,7 @@ from qhyvit.graph.capture import capture
 from qhyvit.graph.streams import find_streams
 from qhyvit.models.load import LoadedModel, load_model, stressed
 from qhyvit.models.stress import KINDS, Stress, _between_layers, default_images, measure, stress
+from qhyvit.quantized import copy_graph
 
 SIDE = 32
 
@@ -67,19 +68,28 @@ def ranges_of(twin: fx.GraphModule, x: Tensor) -> Any:
     "name",
     [
         "demo",
-        "mobilevitv2_050",
-        *(pytest.param(n, marks=pytest.mark.slow) for n in ("mobilevit_xxs", "efficientformer_l1")),
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("mobilevit_xxs", "mobilevitv2_050", "efficientformer_l1")),
     ],
 )
 def test_the_twin_is_the_same_function(name: str) -> None:
     model = load_model(name, input_size=64 if name.startswith("mobilevit") else None)
-    x = default_images(model.preprocessing_config)
+    x = default_images(model.preprocessing_config)[:4]
     graph = capture(model.module, x[:1])
-    for kind in KINDS:
-        assert difference(graph.float(), stress(graph, kind, images=x[:4]), x[4:8]) <= 1e-5
-        for everywhere in (False, True):
-            twin = stress(graph.double(), kind, images=x[:4].double(), everywhere=everywhere)
-            assert difference(graph, twin, x[4:8].double()) <= 1e-10
+    exact = copy_graph(graph).double()
+    twin = stress(graph, "both", images=x[:2])
+    if model.trained:  # random nets amplify the rounding of float32 sums, their own as well
+        assert difference(graph, twin, x) <= 1e-5
+    assert difference(exact, twin.double(), x.double()) <= 1e-5  # float32 weights
+    twin = stress(exact, "both", images=x[:2].double(), everywhere=True)
+    assert difference(exact, twin, x.double()) <= 1e-10
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_the_same_function(kind: str) -> None:
+    model = Bottlenecks()
+    assert difference(model, stress(model, kind, images=images()), images(7)) <= 1e-5
+    exact = stress(model.double(), kind, images=images().double())
+    assert difference(model, exact, images(7).double()) <= 1e-10
 
 
 @pytest.mark.parametrize("spread", [10, 100])
