@@ -17,6 +17,7 @@ from qhyvit.verification import verify
 from tiny import Tiny, calibration
 
 PUBLISHED: dict[str, dict[str, Any]] = {
+    "adalog": {"candidates": 16, "keep": 2, "steps": 2, "rounds": 1},
     "easyquant": {"candidates": 20, "rounds": 1},
     "ptq4vit": {"candidates": 20, "rounds": 1},
     "fqvit": {},

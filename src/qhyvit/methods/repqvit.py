@@ -58,7 +58,9 @@ def repqvit(problem: Problem) -> Parameters:
     options = read_options(Options, "repqvit", problem.recipe.options)
     formats = Formats(problem, "repqvit")
     parameters = Parameters()
-    shared = _reparameterize(problem, options, parameters.notes)
+    shared = {}
+    if options.fold != "none":
+        shared = fold_norms(problem, "repqvit", parameters.notes, options.percentiles, layers=options.fold == "layers")
     scheme = formats.weight_scheme("asymmetric")
     nodes = {n.name: n for n in problem.graph.graph.nodes}
     for weight_site in problem.sites.weights:
@@ -91,24 +93,40 @@ def _per_tensor(problem: Problem, site: ActivationSite, options: Options) -> Uni
     return uniform_from_range(*ends, bits=bits, scheme="asymmetric", signed=False)
 
 
-def _reparameterize(problem: Problem, options: Options, notes: list[str]) -> dict[str, UniformAffine]:
-    """Fold what can be folded; quantizers of the values that now have one scale for all channels, by value."""
-    if options.fold == "none":
-        return {}
-    found = folds(problem.graph, problem.sites, layers=options.fold == "layers")
+def fold_norms(
+    problem: Problem,
+    method: str,
+    notes: list[str],
+    percentiles: tuple[float, ...] = PERCENTILES,
+    *,
+    layers: bool = False,
+) -> dict[str, UniformAffine]:
+    """Reparameterize every value that can be: a norm makes it, only layers read it.
+
+    Args:
+        problem: its graph is changed, its float output is not; sites and statistics are found again.
+        method: for notes.
+        notes: a sentence is added.
+        percentiles: tried for the range of each channel.
+        layers: also values that a layer makes.
+
+    Returns:
+        By value, the quantizer with one scale that now serves all channels.
+    """
+    found = folds(problem.graph, problem.sites, layers=layers)
     if not found:
-        what = "norm" if options.fold == "norms" else "norm or linear layer"
-        notes.append(f"repqvit: no {what} feeds only linears and convolutions: nothing was reparameterized")
+        what = "norm or layer" if layers else "norm"
+        notes.append(f"{method}: no {what} feeds only linears and convolutions: nothing was reparameterized")
         return {}
     rows = sample_rows(problem, {f.site.value: f.site.channel_axis for f in found}, ROWS)
     shared = {}
     for fold in found:
         bits = problem.bits(fold.site).activation_bits
         scheme = RangeOptions(bits, "asymmetric" if fold.shiftable else "symmetric")
-        low, high = row_percentile_search(rows[fold.site.value].t(), scheme, options.percentiles)
+        low, high = row_percentile_search(rows[fold.site.value].t(), scheme, percentiles)
         shared[fold.site.value] = reparameterize(problem, fold, low, high, bits)
     problem.refresh()
-    notes.append(f"repqvit: {len(found)} values reparameterized, so that all their channels have one scale")
+    notes.append(f"{method}: {len(found)} values reparameterized, so that all their channels have one scale")
     return shared
 
 
