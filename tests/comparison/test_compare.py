@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,19 @@ import torch
 
 import qhyvit
 from qhyvit.comparison import Comparison, Variant, ablation, run
+from qhyvit.comparison.subjects import captured
 from qhyvit.errors import QhyvitError
 from qhyvit.evaluation import evaluate
-from qhyvit.models.load import load_model
+from qhyvit.models.load import LoadedModel, load_model
 from qhyvit.pipeline import quantize
 from qhyvit.recipe import Recipe
 from tiny import SIDE, Tiny, calibration, pictures
+
+
+@cache
+def tiny() -> LoadedModel:
+    """The tiny net, captured once for all tests."""
+    return captured(load_model(Tiny(), input_size=SIDE))
 
 
 @pytest.fixture
@@ -38,7 +46,7 @@ def compare(data: Path, tmp_path: Path) -> Callable[..., Comparison]:
             "cache": tmp_path / "cells",
             "calibration": {"size": 6},
         }
-        return qhyvit.compare(Tiny() if models is None else models, **(given | changes))
+        return qhyvit.compare(tiny() if models is None else models, **(given | changes))
 
     return call
 
@@ -68,7 +76,7 @@ def test_a_cell_is_what_quantize_and_evaluate_give(compare: Callable[..., Compar
     assert len(found.rows) == 8
     for cell, outcome in found.outcomes.items():
         changes = {"bits": cell.bits, "method": cell.method, "scope": cell.scope, "seed": cell.seed}
-        alone = quantize(Tiny(), calib=calibration(), input_size=SIDE, calibration={"size": 6}, **changes)
+        alone = quantize(tiny(), calib=calibration(), calibration={"size": 6}, **changes)
         expected = evaluate(alone, data, limit=20, deployed=False)
         assert expected["float"] is not None
         assert expected["simulated"] is not None
@@ -120,7 +128,7 @@ def test_other_weights_are_another_net(compare: Callable[..., Comparison]) -> No
     with torch.no_grad():
         net.head.weight[0, 0] += 1e-3
     assert compare(net, **one).reused == 0
-    assert compare([Tiny(), net], **one).reused == 2
+    assert compare([tiny(), net], **one).reused == 2
 
 
 def test_a_damaged_cell_is_run_again(compare: Callable[..., Comparison], tmp_path: Path) -> None:
@@ -196,7 +204,7 @@ def test_a_twin_beside_the_net_and_one_that_cannot_be(compare: Callable[..., Com
 
 def test_nets_whose_classes_do_not_fit_fail_alone(compare: Callable[..., Comparison]) -> None:
     small = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * SIDE * SIDE, 5))
-    found = compare([Tiny(), small], methods=("minmax",), bits=("w8a8",), seeds=1)
+    found = compare([tiny(), small], methods=("minmax",), bits=("w8a8",), seeds=1)
     assert [cell.model for cell in found.failed] == ["Sequential"]
     assert "only 5 outputs" in next(iter(found.failed.values()))
     with pytest.raises(QhyvitError, match=r"Every cell failed; the first, Sequential .* only 5 outputs"):
