@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -274,6 +277,7 @@ def _run(
 
 def _cell(job: _Job) -> tuple[int, Outcome]:
     """Quantize and score; what comes out is kept before it is handed back, so that Ctrl-C loses nothing finished."""
+    _leave_ctrl_c_to_the_parent()
     try:
         with hidden(), _threads(job.threads):
             outcome = _score(job)
@@ -281,6 +285,13 @@ def _cell(job: _Job) -> tuple[int, Outcome]:
         return job.number, Outcome(error=str(error))
     Store(job.cells).put(checksum(job.decides), job.decides, outcome)
     return job.number, outcome
+
+
+def _leave_ctrl_c_to_the_parent() -> None:
+    """A terminal interrupts all processes of a command; joblib's are ended by the parent, without a stack trace."""
+    started_by_joblib = multiprocessing.current_process().name != "MainProcess"
+    if started_by_joblib and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _score(job: _Job) -> Outcome:
