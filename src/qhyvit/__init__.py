@@ -15,6 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qhyvit.comparison.run import compare
     from qhyvit.data.dataset import open_dataset
     from qhyvit.errors import QhyvitError
     from qhyvit.evaluation import evaluate
@@ -32,6 +33,7 @@ _HOME = {
     "QhyvitError": "errors",
     "Recipe": "recipe",
     "bench": "latency",
+    "compare": "comparison.run",
     "evaluate": "evaluation",
     "export": "pipeline",
     "load": "store",
@@ -46,6 +48,7 @@ __all__ = [
     "QhyvitError",
     "Recipe",
     "bench",
+    "compare",
     "evaluate",
     "export",
     "load",

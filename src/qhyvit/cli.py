@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qhyvit import terminal
+from qhyvit import cli_compare, terminal
 from qhyvit.errors import QhyvitError
 
 if TYPE_CHECKING:
@@ -135,6 +135,9 @@ def evaluate(
     scores = run(subject, dataset, folder=folder, limit=limit)
     say.skipped(dataset)
     say.result({name: s.to_dict() if s else None for name, s in scores.items()}, as_json)
+
+
+app.command(epilog=cli_compare.EXAMPLES)(cli_compare.compare)
 
 
 @app.command(epilog="Example:\n\n`qhyvit export out/ -o model.onnx`")

@@ -46,6 +46,11 @@ class Say:
         if not loaded.trained:
             self.warn(f"{loaded.name} has {loaded.source}: accuracies mean nothing; pass --weights or --pretrained.")
 
+    def show(self, result: Table | str) -> None:
+        """A table or text of the result."""
+        width = None if self._out.is_terminal else 160  # in a file there is no edge to wrap at
+        self._out.print(result, markup=False, width=width)
+
     def skipped(self, dataset: Dataset | None) -> None:
         """Pictures that could not be read."""
         if dataset is not None and dataset.skipped:
