@@ -1,6 +1,6 @@
 """Methods by name. A new one is a file here and a line below."""
 
-from qhyvit.methods import easyquant, fqvit, hyq, ptq4vit, qhyvit, ranges, repqvit
+from qhyvit.methods import easyquant, erq, fqvit, hyq, ptq4vit, qhyvit, ranges, repqvit
 from qhyvit.methods.base import Method, Problem
 from qhyvit.registry import Registry
 
@@ -18,5 +18,6 @@ METHODS.register("ptq4vit")(Method(ptq4vit.ptq4vit, formats=("twin-uniform",)))
 METHODS.register("fqvit")(Method(fqvit.fqvit, formats=("log2", "power-of-two"), operators=FULLY_INTEGER))
 METHODS.register("hyq")(Method(hyq.hyq, formats=("log2", "power-of-two"), operators=FULLY_INTEGER))
 METHODS.register("repqvit")(Method(repqvit.repqvit, formats=("log-sqrt2",)))
+METHODS.register("erq")(Method(erq.erq))
 
 __all__ = ["METHODS", "Method", "Problem"]
