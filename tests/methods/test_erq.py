@@ -40,8 +40,10 @@ def test_every_layer_has_codes_of_its_own_within_its_width() -> None:
     assert set(parameters.codes) == {s.node for s in case.sites.weights} == set(parameters.biases)
     for site in case.sites.weights:
         codes = parameters.codes[site.node]
-        assert codes.shape == site.shape and codes.dtype == torch.int32
-        assert int(codes.min()) >= -8 and int(codes.max()) <= 7
+        assert codes.shape == site.shape
+        assert codes.dtype == torch.int32
+        assert int(codes.min()) >= -8
+        assert int(codes.max()) <= 7
     report = parameters.report["erq"]
     assert [entry["module"] for entry in report] == [s.module for s in case.sites.weights]
     assert sum(entry["after"] < entry["before"] for entry in report) >= len(report) - 2
@@ -62,5 +64,5 @@ def test_a_runtime_computes_what_is_simulated(base: str) -> None:
 
 @pytest.mark.parametrize("options", [{"base": "kl"}, {"rho": [0]}, {"ridge": 1}])
 def test_options_are_checked(options: dict[str, Any]) -> None:
-    with pytest.raises(RecipeError, match="method erq|options"):
+    with pytest.raises(RecipeError, match="recipe key 'options"):
         METHODS["erq"](problem(**options))

@@ -29,7 +29,8 @@ def test_codes_are_integers_in_range_and_no_row_is_worse_than_nearest() -> None:
     weight, gram, grid = case()
     codes = compensated(weight, gram, grid)
     assert torch.equal(codes, codes.round())
-    assert float(codes.min()) >= -8 and float(codes.max()) <= 7
+    assert float(codes.min()) >= -8
+    assert float(codes.max()) <= 7
     nearest = error(grid.nearest(weight), weight, gram, grid)
     found = error(codes, weight, gram, grid)
     assert bool((found <= nearest * (1 + 1e-9)).all())
@@ -59,5 +60,6 @@ def test_flips_lower_the_error_and_stay_with_neighbours() -> None:
     inside = (weight / grid.scale > -8) & (weight / grid.scale < 7)
     assert bool(((codes - weight / grid.scale).abs()[inside] <= 1 + 1e-9).all())
     before, after = (error(c, weight, gram, grid) for c in (nearest, codes))
-    assert bool((after <= before).all()) and float(after.sum()) < 0.6 * float(before.sum())
+    assert bool((after <= before).all())
+    assert float(after.sum()) < 0.6 * float(before.sum())
     assert torch.equal(flip(nearest, weight, gram, grid, 0, neighbours=True), nearest)
