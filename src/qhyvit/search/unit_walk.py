@@ -56,7 +56,7 @@ def reconstruct(
     with task("Reconstructing", sum(bool(set(u.layers) & set(sites)) for u in units)) as advance:
         for i, unit in enumerate(units):
             learned = [name for name in unit.layers if name in sites]
-            if learned and not (kept is not None and kept.restore(i, parameters, learned, found)):
+            if learned and not (kept is not None and kept.restore(i, parameters, [sites[n] for n in learned], found)):
                 generator = torch.Generator().manual_seed(problem.recipe.seed + i)
                 learner = UnitLearner(prefix.execution, [nodes[n] for n in unit.nodes], unit, settings, generator)
                 noisy, clean = ({n: _joined(v[n]) for n in unit.inputs} for v in (prefix.noisy, prefix.clean))
@@ -126,7 +126,7 @@ class State:
         beside.write_bytes(data)
         beside.replace(path)
 
-    def restore(self, unit: int, parameters: Parameters, layers: list[str], report: list[dict[str, Any]]) -> bool:
+    def restore(self, unit: int, parameters: Parameters, modules: list[str], report: list[dict[str, Any]]) -> bool:
         """Take over what an earlier run learned of a unit; False if it did not get there."""
         path = self._path(unit)
         if not path.exists():
@@ -142,7 +142,7 @@ class State:
             elif kind == "step":
                 parameters.uniform(node).scale.copy_(tensor)
         before, after = tensors["error"].tolist()
-        report.append({"modules": layers, "before": before, "after": after})
+        report.append({"modules": modules, "before": before, "after": after})
         return True
 
     def _path(self, unit: int) -> Path:
