@@ -43,13 +43,13 @@ def test_independent_inputs_are_rounded_to_nearest() -> None:
     assert torch.equal(compensated(weight, gram, grid), grid.nearest(weight))
 
 
-def test_small_rows_come_close_to_the_best_of_all_roundings() -> None:
+def test_small_rows_come_close_to_the_best_of_all_roundings_up_or_down() -> None:
+    """Some rows even beat it, since a code may move further than to a neighbour."""
     weight, gram, grid = case(1, 32, 8)
     low = torch.floor(weight / grid.scale)
     every = torch.stack([low + torch.tensor(bits, dtype=torch.float64) for bits in product((0, 1), repeat=8)])
     best = torch.stack([error(c.clamp(-8, 7), weight, gram, grid) for c in every]).amin(0)
     nearest, found = (error(c, weight, gram, grid) for c in (grid.nearest(weight), compensated(weight, gram, grid)))
-    assert bool((found >= best - 1e-9).all())
     assert float((found - best).sum()) <= 0.25 * float((nearest - best).sum())
 
 

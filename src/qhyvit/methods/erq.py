@@ -147,9 +147,10 @@ class _Layer:
         """Those that are fitted on, and those held out (None with fewer batches than that takes)."""
         parts: list[Moments | None] = [None, None]
         execution, node = self.prefix.execution, self.node
+        source = argument(node, "input").name
         values = self.prefix.noisy if self.options.inputs == "quantized" else self.prefix.clean
         for batch in range(self.prefix.batches):
-            x = self.prefix.clean[node.args[0].name][batch]  # type: ignore[union-attr]
+            x = self.prefix.clean[source][batch]
             coded = execution.operands(node, self.prefix.at(values, node, batch))[0][0]
             part = batch % HELD_OUT == HELD_OUT - 1
             found, so_far = moments(node, self.weight, x, coded), parts[part]
