@@ -28,7 +28,7 @@ def adaround(problem: Problem) -> Parameters:
     Other than the paper: 400 iterations at rate 1e-2 rather than 20,000 at 1e-3, 128 pictures, batch 16; inputs
     are quantized while weights are learned; errors and λ count as shares (of the output's square, and per weight).
 
-    Options (defaults): base qhyvit, iterations 400, batch 16, rate 0.01, step_rate 0, weight 0.01, warmup 0.2, drop 0,
+    Options (defaults): base mse, iterations 400, batch 16, rate 0.01, step_rate 0, weight 0.01, warmup 0.2, drop 0,
     pictures 128, state none.
     """
     options = read_options(Options, "adaround", problem.recipe.options)

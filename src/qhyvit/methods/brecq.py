@@ -26,7 +26,7 @@ def brecq(problem: Problem) -> Parameters:
     Other than the paper: weights and activation steps are learned together, not one after the other; 400 iterations at
     rate 1e-2, 128 pictures, batch 16; blocks are found in the graph, bridge blocks are blocks of their own.
 
-    Options (defaults): base qhyvit, iterations 400, batch 16, rate 0.01, step_rate 4e-5, weight 0.01, warmup 0.2,
+    Options (defaults): base mse, iterations 400, batch 16, rate 0.01, step_rate 4e-5, weight 0.01, warmup 0.2,
     drop 0, pictures 128, state none.
     """
     return qdrop.learned(problem, "brecq", read_options(Options, "brecq", problem.recipe.options))

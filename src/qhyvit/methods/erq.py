@@ -46,7 +46,7 @@ class Options:
         pictures: of the calibration pictures, at most.
     """
 
-    base: Base = "qhyvit"
+    base: Base = "mse"
     inputs: Literal["quantized", "float"] = "quantized"
     rho: tuple[Annotated[float, Field(gt=0)], ...] = (1e-4, 1e-3, 1e-2, 1e-1)
     weights: Literal["compensate", "nearest"] = "compensate"
@@ -67,7 +67,7 @@ def erq(problem: Problem) -> Parameters:
     layers; no ridge on the bias; flips are judged after the rest has made up for them and by their exact effect, and
     there is one more round of flips for the whole row; weight scales are searched again (0.7 to 1.15 times the base's).
 
-    Options (defaults): base qhyvit, inputs quantized, rho [1e-4, 1e-3, 1e-2, 1e-1], weights compensate, rescale true,
+    Options (defaults): base mse, inputs quantized, rho [1e-4, 1e-3, 1e-2, 1e-1], weights compensate, rescale true,
     flips 100, pictures 64.
     """
     options = read_options(Options, "erq", problem.recipe.options)

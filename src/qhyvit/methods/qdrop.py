@@ -33,7 +33,7 @@ class Options:
         state: folder that keeps finished units, so that a run that was stopped goes on.
     """
 
-    base: Base = "qhyvit"
+    base: Base = "mse"
     iterations: Annotated[int, Field(ge=1)] = 400
     batch: Annotated[int, Field(ge=1)] = 16
     rate: Annotated[float, Field(gt=0)] = 1e-2
@@ -53,10 +53,10 @@ def qdrop(problem: Problem) -> Parameters:
     LSQ, jointly, Adam. A block whose error is not lower at the end keeps nearest rounding.
 
     Other than the paper: blocks are found in the graph, bridge blocks are blocks of their own; 400 iterations at rate
-    1e-2 rather than 20,000 at 1e-3, 128 pictures, batch 16; ranges and steps start from method qhyvit; the first and
+    1e-2 rather than 20,000 at 1e-3, 128 pictures, batch 16; ranges and steps start from method mse; the first and
     the last layer have the recipe's width and are learned too.
 
-    Options (defaults): base qhyvit, iterations 400, batch 16, rate 0.01, step_rate 4e-5, weight 0.01, warmup 0.2,
+    Options (defaults): base mse, iterations 400, batch 16, rate 0.01, step_rate 4e-5, weight 0.01, warmup 0.2,
     drop 0.5, pictures 128, state none.
     """
     return learned(problem, "qdrop", read_options(Options, "qdrop", problem.recipe.options))
