@@ -1,6 +1,19 @@
 """Methods by name. A new one is a file here and a line below."""
 
-from qhyvit.methods import adalog, easyquant, fqvit, hyq, ptq4vit, qhyvit, ranges, repqvit
+from qhyvit.methods import (
+    adalog,
+    adaround,
+    brecq,
+    easyquant,
+    erq,
+    fqvit,
+    hyq,
+    ptq4vit,
+    qdrop,
+    qhyvit,
+    ranges,
+    repqvit,
+)
 from qhyvit.methods.base import Method, Problem
 from qhyvit.registry import Registry
 
@@ -19,5 +32,9 @@ METHODS.register("fqvit")(Method(fqvit.fqvit, formats=("log2", "power-of-two"), 
 METHODS.register("hyq")(Method(hyq.hyq, formats=("log2", "power-of-two"), operators=FULLY_INTEGER))
 METHODS.register("adalog")(Method(adalog.adalog, formats=("adalog",)))
 METHODS.register("repqvit")(Method(repqvit.repqvit, formats=("log-sqrt2",)))
+METHODS.register("erq")(Method(erq.erq))
+METHODS.register("adaround")(Method(adaround.adaround))
+METHODS.register("brecq")(Method(brecq.brecq))
+METHODS.register("qdrop")(Method(qdrop.qdrop))
 
 __all__ = ["METHODS", "Method", "Problem"]
