@@ -24,9 +24,9 @@ from qhyvit.quantized import Parameters
 from qhyvit.quantizers.adalog import NUMERATORS, AdaLog
 from qhyvit.quantizers.base import Quantizer
 from qhyvit.quantizers.uniform import Scheme, UniformAffine, affine_parameters, code_range
+from qhyvit.search.errors import product_error
 from qhyvit.search.fpcs import Errors, fpcs, zero_points_around
 from qhyvit.search.gather import gather
-from qhyvit.search.operands import product_error
 from qhyvit.search.walk import ActivationError, Walk, WeightErrors
 
 GAIN = 0.999  # an operand is changed if its error falls to this share, so that rounds come to an end
