@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from qhyvit.calibration.collect import collect
 from qhyvit.calibration.statistics import TensorStatistics
+from qhyvit.graph.ops import tidy
 from qhyvit.graph.shapes import infer
 from qhyvit.graph.sites import ActivationSite, Sites, WeightSite
 from qhyvit.progress import task
@@ -44,7 +45,8 @@ class Problem:
     per_channel: bool = False
 
     def refresh(self) -> None:
-        """Find sites and statistics again after a change of the graph."""
+        """Find sites and statistics again after a change of the graph; constants that nobody reads any more go."""
+        tidy(self.graph)
         infer(self.graph, next(self.pictures())[:1])
         self.sites = self.place(self.graph)
         self.__dict__.pop("statistics", None)

@@ -44,7 +44,7 @@ def fpcs(
         Scales, zero points and errors, (C,) each.
     """
     count = max(candidates // len(zero_points), 2)
-    grid = torch.lerp(smallest, largest, torch.linspace(0, 1, count)[:, None])  # (count, C)
+    grid = torch.lerp(smallest, largest, torch.linspace(0, 1, count, dtype=smallest.dtype)[:, None])  # (count, C)
     scales = grid.repeat(len(zero_points), 1)
     zeros = zero_points.repeat_interleave(count, 0)
     table = _table(errors, scales, zeros)
@@ -52,7 +52,7 @@ def fpcs(
     for _ in range(steps - 1):
         best = table.topk(min(keep, len(table)), dim=0, largest=False).indices
         scales, zeros, table = (t.gather(0, best) for t in (scales, zeros, table))
-        around = torch.linspace(-0.5, 0.5, fan)[:, None] * width
+        around = torch.linspace(-0.5, 0.5, fan, dtype=width.dtype)[:, None] * width
         new = (scales[:, None] + around).flatten(0, 1).clamp(min=torch.finfo(scales.dtype).tiny)
         new_zeros = zeros.repeat_interleave(fan, 0)
         scales, zeros = torch.cat([scales, new]), torch.cat([zeros, new_zeros])
