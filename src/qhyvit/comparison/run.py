@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -169,6 +170,8 @@ def _check_backend(name: str) -> None:
     if name == "threading":
         raise QhyvitError("Backend threading would mix the cells' random numbers; take loky.")
     try:
+        if name == "ray":  # brings its backend, but joblib has to be told
+            importlib.import_module("ray.util.joblib").register_ray()
         with parallel_config(backend=name):
             pass
     except (ValueError, ImportError) as error:
