@@ -51,7 +51,7 @@ def test_ctrl_c_says_how_to_go_on(
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("qhyvit.comparison.run.quantize", stop)
+    monkeypatch.setattr("qhyvit.comparison.worker.quantize", stop)
     data = pictures(tmp_path / "data.npz", labels=True)
     given = ["tiny:Tiny", "--input-size", SIDE, "--calib", data, "--data", data, "-o", tmp_path / "out"]
     assert call(monkeypatch, *given) == 130

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import qhyvit
-from qhyvit.comparison import Comparison, Variant, ablation, run
+from qhyvit.comparison import Comparison, Variant, ablation, worker
 from qhyvit.comparison.subjects import captured
 from qhyvit.errors import QhyvitError
 from qhyvit.evaluation import evaluate
@@ -60,7 +60,7 @@ def quantized(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
         done.append(recipe)
         return quantize(*given, recipe=recipe, **named)
 
-    monkeypatch.setattr(run, "quantize", counted)
+    monkeypatch.setattr(worker, "quantize", counted)
     return done
 
 
@@ -151,7 +151,7 @@ def test_a_cell_that_fails_is_recorded_and_tried_again(
                 raise QhyvitError("Layer head is tired.")
             return quantize(*given, recipe=recipe, **named)
 
-        patch.setattr(run, "quantize", fail)
+        patch.setattr(worker, "quantize", fail)
         found = compare()
     assert [(str(c), s) for c, s in found.failed.items()] == [
         ("Tiny partial w8a8 mse seed 0", "Layer head is tired.")

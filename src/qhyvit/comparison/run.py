@@ -2,39 +2,24 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import signal
-import threading
-import time
+import importlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from joblib import Parallel, delayed, parallel_config
 from torch import nn
 
 from qhyvit.comparison.cache import Store, checksum, data_facts, decisive, model_facts
 from qhyvit.comparison.grid import Cell, Variant, ablation, cells
-from qhyvit.comparison.subjects import (
-    BATCH,
-    Shared,
-    calibration_data,
-    captured,
-    evaluation_data,
-    read_pictures,
-    read_subject,
-)
+from qhyvit.comparison.subjects import Shared, calibration_data, captured, evaluation_data, read_subject
 from qhyvit.comparison.table import Comparison, Outcome
+from qhyvit.comparison.worker import Job, run_job, torch_threads
 from qhyvit.data.dataset import Dataset
 from qhyvit.errors import QhyvitError
-from qhyvit.evaluation import Tally, runner
 from qhyvit.methods import METHODS
 from qhyvit.models.load import DEMO, LoadedModel, load_model
-from qhyvit.pipeline import quantize
 from qhyvit.progress import hidden, task
 from qhyvit.recipe import Recipe
 
@@ -118,7 +103,7 @@ def compare(
         recipe=base,
     )
     loaded = _load(named, labels, weights, base.seed, pretrained=pretrained, input_size=input_size)
-    with TemporaryDirectory(prefix="qhyvit-compare-") as scratch, _threads(threads):
+    with TemporaryDirectory(prefix="qhyvit-compare-") as scratch, torch_threads(threads):
         store = Store(Path(cache).expanduser() if cache is not None else Path(scratch) / "cells")
         plan = _Plan(grid, loaded, calib, data, limit, store)
         reused = len(plan.outcomes)
@@ -185,6 +170,8 @@ def _check_backend(name: str) -> None:
     if name == "threading":
         raise QhyvitError("Backend threading would mix the cells' random numbers; take loky.")
     try:
+        if name == "ray":  # brings its backend, but joblib has to be told
+            importlib.import_module("ray.util.joblib").register_ray()
         with parallel_config(backend=name):
             pass
     except (ValueError, ImportError) as error:
@@ -241,19 +228,6 @@ class _Plan:
         return {"evaluation": ", ".join(scored), "calibration": ", ".join(drawn), "target": ", ".join(targets)}
 
 
-@dataclass(frozen=True)
-class _Job:
-    """One cell for another process: paths and plain data."""
-
-    number: int
-    recipe: Recipe
-    subject: Path
-    calibration: Path
-    cells: Path
-    decides: dict[str, Any]
-    threads: int
-
-
 def _run(
     plan: _Plan, waiting: Sequence[Cell], shared: Shared, jobs: int, threads: int, backend: str
 ) -> Iterator[tuple[Cell, Outcome]]:
@@ -269,61 +243,7 @@ def _run(
             yield cell, Outcome(error=str(error))
             continue
         decides = plan.decides[cell]
-        ready.append(_Job(number, cell.recipe, subject, calibration, plan.store.folder, decides, threads))
+        ready.append(Job(number, cell.recipe, subject, calibration, plan.store.folder, decides, threads))
     with parallel_config(backend=backend, n_jobs=jobs):
-        for number, outcome in Parallel(return_as="generator_unordered")(delayed(_cell)(job) for job in ready):
+        for number, outcome in Parallel(return_as="generator_unordered")(delayed(run_job)(job) for job in ready):
             yield waiting[number], outcome
-
-
-def _cell(job: _Job) -> tuple[int, Outcome]:
-    """Quantize and score; what comes out is kept before it is handed back, so that Ctrl-C loses nothing finished."""
-    _leave_ctrl_c_to_the_parent()
-    try:
-        with hidden(), _threads(job.threads):
-            outcome = _score(job)
-    except QhyvitError as error:
-        return job.number, Outcome(error=str(error))
-    Store(job.cells).put(checksum(job.decides), job.decides, outcome)
-    return job.number, outcome
-
-
-def _leave_ctrl_c_to_the_parent() -> None:
-    """A terminal interrupts all processes of a command; joblib's are ended by the parent, without a stack trace."""
-    started_by_joblib = multiprocessing.current_process().name != "MainProcess"
-    if started_by_joblib and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _score(job: _Job) -> Outcome:
-    subject = read_subject(job.subject)
-    started = time.perf_counter()
-    quantized = quantize(subject.model, calib=read_pictures(job.calibration), recipe=job.recipe)
-    seconds = time.perf_counter() - started
-    run, tally, reference = runner(quantized.simulation()), Tally(), Tally()
-    with torch.no_grad():
-        for start in range(0, len(subject.images), BATCH):
-            part = slice(start, start + BATCH)
-            labels = None if subject.labels is None else subject.labels[part]
-            tally.update(run(subject.images[part]), labels, subject.logits[part])
-            reference.update(subject.logits[part], labels)
-    scores = tally.scores()
-    return Outcome(
-        reference.scores().top1,
-        scores.top1,
-        scores.agreement,
-        scores.sqnr_db,
-        seconds,
-        scores.pictures,
-        tuple(quantized.parameters.notes),
-    )
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """So many torch threads, and as many as before afterwards."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
