@@ -52,7 +52,7 @@ def find_units(graph: fx.GraphModule) -> tuple[Unit, ...]:
     """
     flow = Flow(graph)
     computing = [n for n in graph.graph.nodes if n.op == "call_function"]
-    pieces = _divided(flow, _merged(flow, _cut(flow, [n for n in computing if n in flow.inputs], frozenset())))
+    pieces = _divided(flow, _merged(_cut(flow, [n for n in computing if n in flow.inputs], frozenset())))
     placed = {n for piece in pieces for n in piece}
     rest = [n for n in computing if n not in placed]  # batch sizes and the like: beside what first reads them
     by_name = {n.name: n for n in computing}
@@ -69,39 +69,45 @@ def find_units(graph: fx.GraphModule) -> tuple[Unit, ...]:
 
 
 def _cut(flow: Flow, nodes: list[fx.Node], beside: frozenset[fx.Node]) -> list[list[fx.Node]]:
-    """Cut a run of nodes wherever one value is alive, not counting those in `beside`; then what holds residuals."""
+    """Cut a run of nodes wherever one value is alive, skips of those in `beside` apart; then what holds residuals."""
     pieces: list[list[fx.Node]] = [[]]
-    for node, alive in zip(nodes, _alive(flow, nodes), strict=True):
+    for node, alive in zip(nodes, _alive(flow, nodes, beside), strict=True):
         pieces[-1].append(node)
-        if len(alive - beside) <= 1 and not any(is_call(user, operator.getitem) for user in flow.users[node]):
+        if len(alive) <= 1 and not any(is_call(user, operator.getitem) for user in flow.users[node]):
             pieces.append([])
     found = []
     for piece in filter(None, pieces):
         entry = frozenset(n for node in piece for n in flow.inputs[node] if n not in set(piece)) | beside
-        inner = _merged(flow, _cut(flow, piece, entry)) if entry != beside and len(_layers(piece)) > 1 else []
-        found += inner if len(inner) > 1 and any(_residual(flow, p) for p in inner) else [piece]
+        inner = _merged(_cut(flow, piece, entry)) if entry != beside and len(_layers(piece)) > 1 else []
+        found += inner if len(inner) > 1 and any(_residual(flow, p, entry) for p in inner) else [piece]
     return found
 
 
-def _alive(flow: Flow, nodes: list[fx.Node]) -> list[set[fx.Node]]:
-    """After each node of a run, the values so far, what the run reads included, that something later reads."""
+def _alive(flow: Flow, nodes: list[fx.Node], beside: frozenset[fx.Node] = frozenset()) -> list[set[fx.Node]]:
+    """After each node of a run, the values so far, those that the run reads included, that something later reads.
+
+    A value in `beside` skips the run: where it is read last, behind the run if it is read there, does not count.
+    """
     index = {node: i for i, node in enumerate(nodes)}
     last: dict[fx.Node, int] = {}
     for source in dict.fromkeys([n for node in nodes for n in (*flow.inputs[node], node)]):
-        read = [index.get(user, len(nodes)) for user in flow.users[source]] or [len(nodes)]
-        last[source] = max(read)
+        read = sorted(index.get(user, len(nodes)) for user in flow.users[source]) or [len(nodes)]
+        if source in beside:
+            read = [i for i in read if i < read[-1]]
+        last[source] = max(read, default=-1)
     return [{v for v, end in last.items() if index.get(v, -1) <= i < end} for i in range(len(nodes))]
 
 
-def _residual(flow: Flow, piece: list[fx.Node]) -> bool:
-    """Whether a piece with layers ends, activations aside, by adding its own input to what it computes."""
+def _residual(flow: Flow, piece: list[fx.Node], beside: frozenset[fx.Node]) -> bool:
+    """Whether a piece with layers adds its own input to what it computes, and that is not where a skip ends."""
     inside = set(piece)
     for node in piece:
         if is_call(node, aten.add.Tensor) and len(flow.inputs[node]) > 1 and _layers(piece):
             for operand in flow.inputs[node]:
                 while operand in inside and is_call(operand, LAYOUT):
                     operand = flow.inputs[operand][0]
-                if operand not in inside:
+                later = any(flow.position[user] > flow.position[node] for user in flow.users[operand])
+                if operand not in inside and (operand not in beside or later):
                     return True
     return False
 
@@ -110,7 +116,7 @@ def _layers(piece: list[fx.Node]) -> list[fx.Node]:
     return [n for n in piece if is_call(n, WEIGHTED)]
 
 
-def _merged(flow: Flow, pieces: list[list[fx.Node]]) -> list[list[fx.Node]]:
+def _merged(pieces: list[list[fx.Node]]) -> list[list[fx.Node]]:
     """Pieces without layers join the one before, the first ones the one behind."""
     found: list[list[fx.Node]] = []
     for piece in pieces:
