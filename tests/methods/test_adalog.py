@@ -14,8 +14,8 @@ from qhyvit.methods.adalog import adalog
 from qhyvit.methods.ranges import set_ranges
 from qhyvit.quantizers.adalog import NUMERATORS, AdaLog
 from qhyvit.quantizers.uniform import UniformAffine
-from qhyvit.search.gather import gather
 from qhyvit.search.errors import product_error
+from qhyvit.search.gather import gather
 
 QUICK: dict[str, Any] = {"candidates": 16, "keep": 4, "steps": 3, "rounds": 1}
 

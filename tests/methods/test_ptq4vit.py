@@ -15,8 +15,8 @@ from qhyvit.methods.ranges import set_ranges
 from qhyvit.quantized import QuantizedModel
 from qhyvit.quantizers.twin import TwinUniform, twin_for_probabilities
 from qhyvit.quantizers.uniform import UniformAffine
-from qhyvit.search.gather import gather
 from qhyvit.search.errors import LayerError, product_error
+from qhyvit.search.gather import gather
 from qhyvit.search.scales import best_weight_step
 
 QUICK = {"candidates": 20, "rounds": 1, "gradient": "none"}
