@@ -188,11 +188,12 @@ def bench(
 
 @app.command(
     epilog="Examples:\n\n`qhyvit inspect --bridges mobilevit_s`: where convolutions hand over to attention\n\n"
-    "`qhyvit inspect --bridges out/ --json`: the same of a result, for a program"
+    "`qhyvit inspect --overflow out/`: layers whose zero points overflowed before channels were shifted"
 )
 def inspect(
     model: Annotated[str, typer.Argument(help="A folder that `qhyvit quantize` wrote, or a model.")] = "demo",
     bridges: Annotated[bool, typer.Option("--bridges", help="Bridge blocks: last convolutions, projections.")] = False,
+    overflow: Annotated[bool, typer.Option("--overflow", help="Overflowing zero points (a result's).")] = False,
     weights: Weights = None,
     pretrained: Pretrained = False,
     input_size: InputSize = None,
@@ -202,8 +203,11 @@ def inspect(
     """Look into a model."""
     from qhyvit.graph.bridges import find_bridges
 
-    if not bridges:
-        raise QhyvitError("There is nothing to inspect; pass --bridges.")
+    if not (bridges or overflow):
+        raise QhyvitError("There is nothing to inspect; pass --bridges or --overflow.")
+    if overflow:
+        terminal.show_overflow(model, as_json)
+        return
     graph = _graph(model, weights, pretrained, input_size, stress)
     found: dict[str, Any] = {}
     if bridges:

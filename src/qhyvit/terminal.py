@@ -6,8 +6,11 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
 from rich.console import Console
 from rich.table import Table
+
+from qhyvit.errors import QhyvitError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -184,3 +187,28 @@ def finish(
     result["folder"] = str(out)
     write_metrics(out, result)
     return result
+
+
+def show_overflow(folder: str, as_json: bool) -> None:
+    """Zero points that overflowed in a result, layer by layer, before channels were shifted.
+
+    Raises:
+        QhyvitError: if `folder` is no result, or its method did not count them.
+    """
+    from qhyvit.store import load
+
+    if not is_result(folder):
+        raise QhyvitError(f"{folder} is no result of qhyvit quantize; overflow is counted while a method calibrates.")
+    found = load(folder).info.get("report", {}).get("overflow")
+    if found is None:
+        raise QhyvitError(
+            f"The method of {folder} does not count overflowing zero points; quantize with method qhyvit."
+        )
+    if as_json:
+        typer.echo(json.dumps({"overflow": found}))
+        return
+    for row in found:
+        whole = ", the whole tensor too" if row["tensor"] else ""
+        typer.echo(f"{row['module'] or row['value']}: {row['overflowing']} of {row['channels']} channels{whole}")
+    if not found:
+        typer.echo("no zero point overflows")
