@@ -3,8 +3,8 @@
     python benchmarks/speed.py mobilevit_xxs --input-size 256 --threads 2
     python benchmarks/speed.py mobilevit_s --input-size 256 --target simulate
 
-W8A8, 32 of the built-in photographs, all granularities and schemes that the target executes, 3 rounds. Weights are random
-unless --weights names some: time hardly depends on them. Steps that others contain are indented.
+W8A8, 32 of the built-in photographs, all granularities and schemes that the target executes, 3 rounds. Weights are
+random unless --weights names some: time hardly depends on them. Steps that others contain are indented.
 """
 
 from __future__ import annotations
