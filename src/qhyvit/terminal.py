@@ -121,7 +121,7 @@ def show_models(rows: list[dict[str, Any]], as_json: bool) -> None:
         return
     table = Table()
     table.add_column("name", no_wrap=True)
-    for title in ("params M", "MACs M", "input", "float %", "W8A8 %", "W6A6 %"):
+    for title in ("par. M", "MMACs", "input", "float", "W8A8", "W6A6"):
         table.add_column(title, justify="right")
     for row in rows:
         size = "×".join(map(str, dict.fromkeys(row["input_size"][1:])))
@@ -130,7 +130,7 @@ def show_models(rows: list[dict[str, Any]], as_json: bool) -> None:
     console = Console(highlight=False)
     console.print(table)
     console.print(
-        "Top-1 on ImageNet-1k as reported, not measured here; W8A8 and W6A6 by Q-HyViT, softmax and norms float.\n"
+        "Top-1 in % on ImageNet-1k as reported, not measured here; W8A8 and W6A6 by Q-HyViT, softmax and norms float.\n"
         "† copied by a third party from the authors' table. The sources: qhyvit models --json"
     )
 
