@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 from tests.tiny import SIDE, Tiny
 
 from qhyvit.calibration.samples import LayerSample
@@ -25,10 +26,20 @@ from qhyvit.search.layers import layer_errors as errors_of_layers
 from qhyvit.search.operands import Choice, Evaluate, Range, Space, search
 
 
-def problem(bits: str = "w4a4", target: str = "onnxruntime", **options: object) -> Problem:
+class Projected(Tiny):
+    """With a projection behind the attention, whose input's axis 1 holds heads, not channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.depthwise(nn.functional.silu(self.norm(self.stem(x)))).flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4).unbind(0)
+        out: Tensor = self.head(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)).mean(1)
+        return out
+
+
+def problem(bits: str = "w4a4", target: str = "onnxruntime", net: type[nn.Module] = Tiny, **options: object) -> Problem:
     torch.manual_seed(0)
     images = torch.randn(8, 3, SIDE, SIDE)
-    graph = capture(Tiny(), images)
+    graph = capture(net(), images)
 
     def find(captured: torch.fx.GraphModule) -> Sites:
         return place(captured, quantized_outputs=frozenset({"conv"}))
@@ -109,6 +120,14 @@ def test_the_released_rules_are_symmetric_and_by_channel_for_convolutions_only()
 def test_biases_take_the_mean_error_when_asked() -> None:
     assert not qhyvit(problem(rounds=1)).correct_biases
     assert qhyvit(problem(rounds=1, bias=True)).correct_biases
+
+
+def test_heads_are_no_channels_of_the_layer_behind_attention() -> None:
+    case = problem("w4a4", "simulate", net=Projected, rounds=1)
+    parameters = qhyvit(case)
+    (site,) = [s for s in case.sites.activations if s.module == "head"]
+    assert site.shape == (1, 2, 16, 8)
+    assert parameters.activations[site.value].axis is None
 
 
 def test_attention_operands_may_have_a_scale_for_each_head() -> None:

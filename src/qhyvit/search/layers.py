@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from qhyvit.calibration.samples import LayerSample, ProductSample, ValueSample
+from qhyvit.graph.channels import consumers
 from qhyvit.graph.ops import ACTIVATIONS, CONVOLUTIONS, WEIGHTED, is_call, weight_of
 from qhyvit.graph.sites import ActivationSite, WeightSite, source_site
 from qhyvit.methods.base import Problem
@@ -142,8 +143,15 @@ class LayerSearch:
             found = [errors[n].inputs(candidates, weights[n]) for n in names]
             return found[0] if depthwise else torch.stack([f.sum(1) for f in found], 1)
 
-        cost = sum(errors[n].cost for n in names)
-        self._choose(self.activations[source], evaluate, round_, cost, separable=depthwise)
+        cost, site = sum(errors[n].cost for n in names), self.activations[source]
+        by_channel = self._channels_are_inputs(site, names)
+        self._choose(site, evaluate, round_, cost, separable=depthwise and by_channel, per_channel=by_channel)
+
+    def _channels_are_inputs(self, site: ActivationSite, names: list[str]) -> bool:
+        """Whether channel c of a value is input channel c of all layers; behind attention its axis may be the heads."""
+        layers = consumers(self.problem.graph, self.nodes[site.value], site.channel_axis, site.readers) or []
+        same = [node.name for node, index in layers if torch.equal(index, torch.arange(len(index)))]
+        return set(names) <= set(same)
 
     # Products of activations and single values -------------------------------------------------------------------
 
