@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 from tests.tiny import SIDE, Tiny
+from torch import Tensor, nn
 
 from qhyvit.calibration.samples import LayerSample
 from qhyvit.errors import RecipeError
