@@ -16,7 +16,7 @@ from qhyvit.graph.capture import capture
 from qhyvit.graph.ops import weight_of
 from qhyvit.graph.sites import Sites, place
 from qhyvit.methods.base import Problem
-from qhyvit.methods.qhyvit import RELEASED_FACTORS, VARIANTS, Options, qhyvit, read_options
+from qhyvit.methods.qhyvit import RELEASED_FACTORS, VARIANTS, Options, options_of, qhyvit
 from qhyvit.methods.ranges import set_ranges
 from qhyvit.quantized import Parameters
 from qhyvit.recipe import Recipe
@@ -122,8 +122,10 @@ def test_biases_take_the_mean_error_when_asked() -> None:
     assert qhyvit(problem(rounds=1, bias=True)).correct_biases
 
 
-def test_heads_are_no_channels_of_the_layer_behind_attention() -> None:
+@pytest.mark.parametrize("granularity", ["per-tensor", "per-channel"])
+def test_heads_are_no_channels_of_the_layer_behind_attention(granularity: str) -> None:
     case = problem("w4a4", "simulate", net=Projected, rounds=1)
+    case.recipe = case.recipe.updated(activations={"granularity": granularity})
     parameters = qhyvit(case)
     (site,) = [s for s in case.sites.activations if s.module == "head"]
     assert site.shape == (1, 2, 16, 8)
@@ -157,12 +159,12 @@ def test_the_same_seed_gives_the_same_choice() -> None:
 
 
 def test_options_are_checked_by_name() -> None:
-    assert read_options({}) == Options()
+    assert options_of({}) == Options()
     with pytest.raises(RecipeError, match=r"options\.gradiend"):
-        read_options({"gradiend": "fisher"})
-    with pytest.raises(RecipeError, match=r"options\.gradient.*allowed"):
-        read_options({"gradient": "magic"})
+        options_of({"gradiend": "fisher"})
+    with pytest.raises(RecipeError, match=r"options\.gradient.*fisher.*magic"):
+        options_of({"gradient": "magic"})
     with pytest.raises(RecipeError, match=r"options\.variant.*paper"):
-        read_options({"variant": "journal"})
+        options_of({"variant": "journal"})
     with pytest.raises(RecipeError, match=r"options\.rounds"):
-        read_options({"rounds": "many"})
+        options_of({"rounds": "many"})

@@ -126,7 +126,7 @@ def test_overflowing_zero_point_of_the_paper(
     x = torch.linspace(low, high, 200_001, dtype=torch.float64)
     ends = torch.tensor(low), torch.tensor(high)
     assert -128 - round(low / ((high - low) / 255)) in needed
-    assert overflows(*ends)
+    assert overflows(*ends, bits=8)
     saturating = uniform_from_range(*ends, bits=8, scheme="asymmetric", signed=True, zero="clamp")
     assert int(saturating.zero_point) == (-128 if low > 0 else 127)
     assert (saturating(x) - x).square().mean().item() == pytest.approx(clamped, rel=0.02)
@@ -136,7 +136,7 @@ def test_overflowing_zero_point_of_the_paper(
 
 def test_clamp_changes_nothing_where_the_range_holds_zero() -> None:
     low, high = torch.tensor([-1.0, 0.0, -2.0]), torch.tensor([2.0, 1.0, 0.0])
-    assert not overflows(low, high).any()
+    assert not overflows(low, high, bits=8).any()
     first, second = (
         uniform_from_range(low, high, bits=8, scheme="asymmetric", signed=False, axis=0, zero=zero)
         for zero in ("extend", "clamp")

@@ -10,7 +10,7 @@ from tests.methods.test_qhyvit import problem
 
 from qhyvit.graph.bridges import find_bridges
 from qhyvit.methods.base import Problem
-from qhyvit.methods.qhyvit import _spaces, read_options
+from qhyvit.methods.qhyvit import _spaces, options_of
 from qhyvit.methods.ranges import set_ranges
 from qhyvit.quantized import QuantizedModel
 from qhyvit.search.blocks import BlockError, BlockSearch, gather_blocks
@@ -59,7 +59,7 @@ def test_the_error_of_a_block_never_rises(source: str) -> None:
     (data,) = gather_blocks(net, (block,), source)  # type: ignore[arg-type]
     error = BlockError(net, block, data)
     start = float(error.error(error.run(parameters)))
-    before, after = BlockSearch(error, parameters, _spaces(net, read_options({}))).run()
+    before, after = BlockSearch(error, parameters, _spaces(net, options_of({}))).run()
     assert before == pytest.approx(start)
     assert after < 0.9 * before
     assert float(error.error(error.run(parameters))) == pytest.approx(after)

@@ -10,9 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from qhyvit.methods.base import Problem
+from qhyvit.quantizers.uniform import overflows
 
 
 @dataclass(frozen=True)
@@ -66,15 +65,8 @@ def count_overflows(problem: Problem) -> Overflows:
         if statistics.channel_low is None or statistics.channel_high is None:
             continue
         bits = problem.bits(site).activation_bits
-        mask = overflowing(statistics.channel_low, statistics.channel_high, bits)
-        whole = bool(overflowing(statistics.low, statistics.high, bits))
+        mask = overflows(statistics.channel_low, statistics.channel_high, bits)
+        whole = bool(overflows(statistics.low, statistics.high, bits))
         if bool(mask.any()):
             found.append(Overflow(site.value, site.module, mask.numel(), int(mask.sum()), whole))
     return Overflows(tuple(found))
-
-
-def overflowing(low: Tensor, high: Tensor, bits: int) -> Tensor:
-    """Where z = q_min - round(low / s), s = (high - low) / (2^bits - 1), is outside the codes; bool, as the ends."""
-    step = (high.double() - low.double()) / (2**bits - 1)
-    found: Tensor = (low.double() > 0.5 * step) | (high.double() < -0.5 * step)
-    return found

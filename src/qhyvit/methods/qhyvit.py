@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 
 from qhyvit.calibration.gradients import Source
 from qhyvit.calibration.overflow import count_overflows
-from qhyvit.errors import RecipeError
 from qhyvit.graph.bridges import find_bridges
 from qhyvit.graph.ops import argument
 from qhyvit.graph.sites import ActivationSite, Sites, WeightSite
 from qhyvit.methods.base import Problem
+from qhyvit.methods.options import read_options
 from qhyvit.methods.ranges import set_ranges
 from qhyvit.progress import task
 from qhyvit.quantized import Parameters, QuantizedModel
@@ -27,6 +28,7 @@ from qhyvit.search.layers import LayerSearch, Spaces, layer_errors
 from qhyvit.search.operands import Space
 from qhyvit.targets import TARGETS
 
+Positive = Annotated[int, Field(ge=1)]
 Variant = Literal["ours", "paper", "released"]
 RELEASED_FACTORS = 0.01 + 0.0119 * torch.arange(100)
 
@@ -59,11 +61,11 @@ class Options:
     gradient: Source = "none"
     granularity: bool = True
     scheme: bool = True
-    rounds: int = 3
+    rounds: Positive = 3
     bridges: bool = True
     residual_term: bool = True
-    positions: int = 1024
-    coarse: int = 4
+    positions: Positive = 1024
+    coarse: Positive = 4
     one_sided: bool = True
     balance: bool = True
     bias: bool = True
@@ -78,37 +80,19 @@ VARIANTS: dict[str, Options] = {
 }
 
 
-def read_options(given: dict[str, Any]) -> Options:
+def options_of(given: dict[str, Any]) -> Options:
     """Options from a recipe: those of the variant, changed by what else is given.
 
     Raises:
-        RecipeError: on an unknown key or a value of the wrong kind.
+        RecipeError: on an unknown key or a value that is not allowed.
     """
-    unknown = sorted(set(given) - set(Options.__dataclass_fields__))
-    if unknown:
-        known = ", ".join(Options.__dataclass_fields__)
-        raise RecipeError(f"recipe key 'options.{unknown[0]}' is not one of method qhyvit; allowed: {known}.")
-    _one_of("variant", given.get("variant", "ours"), tuple(VARIANTS))
-    options = replace(VARIANTS[given.get("variant", "ours")], **given)
-    _one_of("gradient", options.gradient, get_args(Source))
-    _one_of("start", options.start, ("minmax", "percentile", "mse", "kl"))
-    for key, field in Options.__dataclass_fields__.items():
-        value = getattr(options, key)
-        if field.type == "bool" and not isinstance(value, bool):
-            raise RecipeError(f"recipe key 'options.{key}': {value!r}; allowed: true, false.")
-        if field.type == "int" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise RecipeError(f"recipe key 'options.{key}': {value!r}; allowed: whole numbers from 1.")
-    return options
-
-
-def _one_of(key: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise RecipeError(f"recipe key 'options.{key}': {value!r}; allowed: {', '.join(allowed)}.")
+    variant = read_options(Options, "qhyvit", given).variant
+    return read_options(Options, "qhyvit", {**vars(VARIANTS[variant]), **given})
 
 
 def qhyvit(problem: Problem) -> Parameters:
     """Q-HyViT: scale, granularity and scheme of each operand by reconstruction error, bridge blocks as a whole."""
-    options = read_options(problem.recipe.options)
+    options = options_of(problem.recipe.options)
     problem.per_channel = True
     overflows = count_overflows(problem)
     note = _even_out(problem, options) if options.balance else None

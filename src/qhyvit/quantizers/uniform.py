@@ -32,17 +32,22 @@ def code_range(bits: int, signed: bool) -> tuple[int, int]:
     return (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if signed else (0, (1 << bits) - 1)
 
 
-def overflows(low: Tensor, high: Tensor) -> Tensor:
-    """Where a range does not hold 0, so that its zero point lies outside the codes (Q-HyViT, arXiv 2303.12557).
+def overflows(low: Tensor, high: Tensor, bits: int) -> Tensor:
+    """Where the zero point z = q_min - round(low / s), s = (high - low) / (2^bits - 1), is outside the codes.
+
+    That is where a range lies more than half a step off 0 (Q-HyViT, arXiv 2303.12557, its second challenge).
 
     Args:
         low: lower ends, any shape.
         high: upper ends, the same shape.
+        bits: width of the codes.
 
     Returns:
         bool, the same shape.
     """
-    return (low > 0) | (high < 0)
+    step = (high.double() - low.double()) / (2**bits - 1)
+    found: Tensor = (low.double() > 0.5 * step) | (high.double() < -0.5 * step)
+    return found
 
 
 def affine_parameters(

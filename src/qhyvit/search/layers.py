@@ -16,6 +16,7 @@ from qhyvit.graph.ops import ACTIVATIONS, CONVOLUTIONS, WEIGHTED, is_call, weigh
 from qhyvit.graph.sites import ActivationSite, WeightSite, source_site
 from qhyvit.methods.base import Problem
 from qhyvit.quantized import Parameters
+from qhyvit.quantizers.uniform import uniform_from_range
 from qhyvit.search.candidates import Candidates
 from qhyvit.search.errors import LayerError, WeightError, in_chunks, product_errors
 from qhyvit.search.operands import Choice, Evaluate, Range, Space, search
@@ -103,13 +104,16 @@ class LayerSearch:
         """Weights of some layers and their common input, in turn."""
         samples = {n: self.samples[n] for n in names}
         errors = layer_errors(self.problem.graph, samples, centred=self.spaces.centred)
-        chosen = self.parameters
+        chosen, by_channel = self.parameters, True
+        if source is not None:
+            by_channel = self._channels_are_inputs(self.activations[source], names)
+            self._per_tensor_unless(by_channel, source)
         for round_ in range(self.spaces.rounds):
             before = [chosen.activations.get(source or ""), *(chosen.weights[n] for n in names)]
             for name in names:
                 self._weight(name, errors[name], source, round_)
             if source is not None:
-                self._activation(source, names, errors, round_)
+                self._activation(source, names, errors, round_, by_channel)
             after = [chosen.activations.get(source or ""), *(chosen.weights[n] for n in names)]
             if all(a is b for a, b in zip(before, after, strict=True)):
                 break
@@ -135,7 +139,9 @@ class LayerSearch:
         found = search(space, extremes, evaluate, start, separable=True, cost=evaluate.cost, again=round_ > 0)
         self.parameters.weights[name] = found.quantizer
 
-    def _activation(self, source: str, names: list[str], errors: dict[str, LayerError], round_: int) -> None:
+    def _activation(
+        self, source: str, names: list[str], errors: dict[str, LayerError], round_: int, by_channel: bool
+    ) -> None:
         weights = {n: errors[n].grouped(self.parameters.weights[n](self.float_weight(n))) for n in names}
         depthwise = len(names) == 1 and self.weights[names[0]].depthwise
 
@@ -144,7 +150,6 @@ class LayerSearch:
             return found[0] if depthwise else torch.stack([f.sum(1) for f in found], 1)
 
         cost, site = sum(errors[n].cost for n in names), self.activations[source]
-        by_channel = self._channels_are_inputs(site, names)
         self._choose(site, evaluate, round_, cost, separable=depthwise and by_channel, per_channel=by_channel)
 
     def _channels_are_inputs(self, site: ActivationSite, names: list[str]) -> bool:
@@ -153,27 +158,48 @@ class LayerSearch:
         same = [node.name for node, index in layers if torch.equal(index, torch.arange(len(index)))]
         return set(names) <= set(same)
 
+    def _per_tensor_unless(self, allowed: bool, source: str) -> None:
+        """Begin with one scale where the search cannot code a sample with several."""
+        incumbent, statistics = self.parameters.uniform(source), self.problem.statistics[source]
+        if incumbent.axis is not None and not allowed:
+            self.parameters.activations[source] = uniform_from_range(
+                statistics.low,
+                statistics.high,
+                bits=incumbent.bits,
+                scheme=incumbent.scheme,
+                signed=incumbent.signed,
+                zero=self.problem.recipe.ranges.zero,
+            )
+
     # Products of activations and single values -------------------------------------------------------------------
 
     def _product(self, name: str, sample: ProductSample, inputs: list[str | None], done: frozenset[str]) -> None:
         operands: list[tuple[str, str | None, str, str | None]] = [("a", inputs[0], "b", inputs[1])]
         operands.append(("b", inputs[1], "a", inputs[0]))
+        by_head = {s: self._is_by_head(name, s) for s in inputs if s is not None}
+        for value in set(by_head) - done:
+            self._per_tensor_unless(by_head[value], value)
         for round_ in range(self.spaces.rounds):
             before = [self.parameters.activations.get(s or "") for s in inputs]
             for operand, site, other, other_site in operands:
                 if site is None or site in done:
                     continue
                 fixed: Tensor = getattr(sample, other)
-                if other_site is not None:
+                if other_site is not None and other_site not in done:
                     heads = sample.head[:, None, None]
                     fixed = Candidates.of(self.parameters.uniform(other_site))(fixed, heads)[0]
+                elif other_site is not None and self.parameters.uniform(other_site).axis is None:
+                    fixed = self.parameters.uniform(other_site)(fixed)
                 evaluate = partial(product_errors, sample, operand, fixed)
-                direct = any(a.name == site for a in self.nodes[name].all_input_nodes)
-                by_head = direct and len(self.activations[site].shape) == 4
                 cost = sample.a.shape[-1] * sample.y.numel()
-                self._choose(self.activations[site], evaluate, round_, cost, per_channel=by_head)
+                self._choose(self.activations[site], evaluate, round_, cost, per_channel=by_head[site])
             if all(self.parameters.activations.get(s or "") is b for s, b in zip(inputs, before, strict=True)):
                 break
+
+    def _is_by_head(self, name: str, site: str) -> bool:
+        """Whether the channel axis of a product's operand holds its heads."""
+        direct = any(node.name == site for node in self.nodes[name].all_input_nodes)
+        return direct and len(self.activations[site].shape) == 4
 
     def _value(self, name: str, sample: ValueSample) -> None:
         """A value that no layer reads: its error is measured behind the activation function that reads it, if any."""
@@ -183,6 +209,8 @@ class LayerSearch:
         def seen(x: Tensor) -> Tensor:
             return x if through is None else through.target(x, *through.args[1:], **through.kwargs)  # type: ignore[operator]
 
+        if self.parameters.uniform(name).axis is not None:
+            return  # single numbers do not tell their channel: what the recipe asked for stays
         target = seen(sample.x)
         weight = torch.ones_like(sample.weight) if through is not None else sample.weight
 
