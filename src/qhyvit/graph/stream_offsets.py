@@ -96,7 +96,8 @@ def entering(rows: Sequence[Tensor], wanted: Sequence[bool]) -> Tensor:
     if not open_.shape[1]:
         return torch.zeros(count, len(system), dtype=torch.float64)
     goal = (open_ != 0).any(2, keepdim=True).double()
-    solved = free @ (torch.linalg.pinv(open_ @ free, rtol=1e-9) @ goal)
+    # atol: what should be 0 is 1e-16 at times, and no relative tolerance would drop that where all else is 0
+    solved = free @ (torch.linalg.pinv(open_ @ free, atol=_SNAP, rtol=_SNAP) @ goal)
     solved = torch.where((solved - solved.round()).abs() < _SNAP, solved.round(), solved)
     reach = (open_ @ solved).abs().amax(1, keepdim=True)
     usable = (reach > 1e-6) & known.view(-1, 1, 1)
