@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from itertools import accumulate
 
 from torch import fx
 
@@ -73,7 +74,7 @@ def _cut(flow: Flow, nodes: list[fx.Node], beside: frozenset[fx.Node]) -> list[l
     pieces: list[list[fx.Node]] = [[]]
     for node, alive in zip(nodes, _alive(flow, nodes, beside), strict=True):
         pieces[-1].append(node)
-        if len(alive) <= 1 and not any(is_call(user, operator.getitem) for user in flow.users[node]):
+        if alive <= 1 and not any(is_call(user, operator.getitem) for user in flow.users[node]):
             pieces.append([])
     found = []
     for piece in filter(None, pieces):
@@ -83,19 +84,22 @@ def _cut(flow: Flow, nodes: list[fx.Node], beside: frozenset[fx.Node]) -> list[l
     return found
 
 
-def _alive(flow: Flow, nodes: list[fx.Node], beside: frozenset[fx.Node] = frozenset()) -> list[set[fx.Node]]:
-    """After each node of a run, the values so far, those that the run reads included, that something later reads.
+def _alive(flow: Flow, nodes: list[fx.Node], beside: frozenset[fx.Node] = frozenset()) -> list[int]:
+    """After each node of a run, how many values so far, those that the run reads included, something later reads.
 
     A value in `beside` skips the run: where it is read last, behind the run if it is read there, does not count.
     """
     index = {node: i for i, node in enumerate(nodes)}
-    last: dict[fx.Node, int] = {}
+    changes = [0] * (len(nodes) + 1)
     for source in dict.fromkeys([n for node in nodes for n in (*flow.inputs[node], node)]):
         read = sorted(index.get(user, len(nodes)) for user in flow.users[source]) or [len(nodes)]
         if source in beside:
             read = [i for i in read if i < read[-1]]
-        last[source] = max(read, default=-1)
-    return [{v for v, end in last.items() if index.get(v, -1) <= i < end} for i in range(len(nodes))]
+        begin, end = index.get(source, 0), max(read, default=0)
+        if begin < end:
+            changes[begin] += 1
+            changes[end] -= 1
+    return list(accumulate(changes[:-1]))
 
 
 def _residual(flow: Flow, piece: list[fx.Node], beside: frozenset[fx.Node]) -> bool:
@@ -136,7 +140,7 @@ def _divided(flow: Flow, pieces: list[list[fx.Node]]) -> list[list[fx.Node]]:
             for i, node in enumerate(piece[:-1]):
                 seen += is_call(node, WEIGHTED)
                 if LARGEST // 2 <= seen <= LARGEST:
-                    best = min(best, (len(alive[i]), -i))
+                    best = min(best, (alive[i], -i))
             found.append(piece[: 1 - best[1]])
             piece = piece[1 - best[1] :]
         found.append(piece)
