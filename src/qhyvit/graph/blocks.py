@@ -19,6 +19,7 @@ from itertools import accumulate
 
 from torch import fx
 
+from qhyvit.graph.attentions import find_attentions
 from qhyvit.graph.bridges import find_bridges
 from qhyvit.graph.flow import Flow
 from qhyvit.graph.ops import LAYOUT, WEIGHTED, aten, is_call
@@ -54,14 +55,48 @@ def find_units(graph: fx.GraphModule) -> tuple[Unit, ...]:
     flow = Flow(graph)
     computing = [n for n in graph.graph.nodes if n.op == "call_function"]
     pieces = _divided(flow, _merged(_cut(flow, [n for n in computing if n in flow.inputs], frozenset())))
-    placed = {n for piece in pieces for n in piece}
-    rest = [n for n in computing if n not in placed]  # batch sizes and the like: beside what first reads them
     by_name = {n.name: n for n in computing}
     parted: list[tuple[list[fx.Node], bool]] = [(piece, False) for piece in pieces]
     for block in find_bridges(graph):
         parted = _with_bridge(flow, parted, [by_name[name] for name in block.nodes])
+    return _units(graph, parted)
+
+
+def whole_transformers(graph: fx.GraphModule, units: tuple[Unit, ...]) -> tuple[Unit, ...]:
+    """The units with each attention and the feed-forward network behind it, a residual of its own, as one unit.
+
+    Args:
+        graph: whose units they are.
+        units: as `find_units` gives them. Bridge blocks stay by themselves.
+    """
+    flow = Flow(graph)
+    by_name = {n.name: n for n in flow.nodes}
+    mixtures = {a.result for a in find_attentions(flow)}
+    found: list[tuple[list[fx.Node], bool]] = []
+    for unit in units:
+        piece = [by_name[name] for name in unit.nodes if name in by_name]
+        before, bridge = found[-1] if found else ([], True)
+        entry = {n for node in piece for n in flow.inputs[node]} - set(piece)
+        if (
+            not (bridge or unit.bridge)
+            and mixtures & set(before)
+            and not mixtures & set(piece)
+            and len(_layers(piece)) > 1
+            and len(entry) == 1
+            and entry <= set(before)
+            and _residual(flow, piece, frozenset())
+        ):
+            found[-1] = (before + piece, False)
+        else:
+            found.append((piece, unit.bridge))
+    return _units(graph, found)
+
+
+def _units(graph: fx.GraphModule, parted: list[tuple[list[fx.Node], bool]]) -> tuple[Unit, ...]:
+    """Units of pieces that together hold all that depends on the pictures; the rest goes beside what first reads it."""
+    computing = [n for n in graph.graph.nodes if n.op == "call_function"]
     owner = {n: i for i, (piece, _) in enumerate(parted) for n in piece}
-    for node in reversed(rest):
+    for node in reversed([n for n in computing if n not in owner]):  # batch sizes and the like
         owner[node] = min((owner[u] for u in node.users if u in owner), default=len(parted) - 1)
     members: list[list[fx.Node]] = [[] for _ in parted]
     for node in computing:

@@ -109,6 +109,13 @@ class LearnedStep(torch.autograd.Function):
         return grad * inside, (grad * slope).sum().view(scale.shape) * ctx.factor, None, None, None
 
 
+def relative_error(found: list[Tensor], target: list[Tensor]) -> Tensor:
+    """Squared error () as a share of the target's square, summed over a unit's outputs."""
+    return torch.stack(
+        [(a - b).square().mean() / b.square().mean().clamp_min(1e-12) for a, b in zip(found, target, strict=True)]
+    ).sum()
+
+
 class UnitLearner:
     """Learns the rounding of one unit's weights and the steps of its activations.
 
@@ -181,12 +188,6 @@ class UnitLearner:
         keep = torch.rand(coded.shape, generator=self.generator).to(coded) < drop
         return torch.where(keep, clean, coded)
 
-    def loss(self, found: list[Tensor], target: list[Tensor]) -> Tensor:
-        """Squared error as a share of the target's square, summed over the outputs."""
-        return torch.stack(
-            [(a - b).square().mean() / b.square().mean().clamp_min(1e-12) for a, b in zip(found, target, strict=True)]
-        ).sum()
-
     def run(self, noisy: dict[str, Tensor], clean: dict[str, Tensor], targets: list[Tensor]) -> tuple[float, float]:
         """Learn, and write codes and steps where the error of the calibration pictures has not risen.
 
@@ -214,7 +215,7 @@ class UnitLearner:
                 for n, v in noisy.items()
             }
             found = self.output(values, SoftRounding.values, self.settings.drop)
-            loss = self.loss(found, [t[pick] for t in targets])
+            loss = relative_error(found, [t[pick] for t in targets])
             progress = (i / total - self.settings.warmup) / max(1e-9, 1 - self.settings.warmup)
             if progress >= 0:
                 beta = 20 - 18 * progress
@@ -247,5 +248,5 @@ class UnitLearner:
             values: dict[str, Any] = {n: v[part] if isinstance(v, Tensor) else v for n, v in noisy.items()}
             pieces = [t[part] for t in targets]
             found = self.output(values, weight or SoftRounding.hard_values, 0.0)
-            total += float(self.loss(found, pieces)) * len(pieces[0])
+            total += float(relative_error(found, pieces)) * len(pieces[0])
         return total / len(targets[0])
