@@ -25,7 +25,7 @@ from qhyvit.search.errors import product_error
 from qhyvit.search.gather import gather
 from qhyvit.search.prefix import Execution, Prefix
 from qhyvit.search.tuning import Settings, TunedUnit
-from qhyvit.search.unit_walk import State, unit_inputs, unit_targets, walk_units
+from qhyvit.search.unit_walk import State, unit_batches, walk_units
 
 PERCENTILES = (97.0, 98.0, 99.0, 99.5, 99.95, 99.97, 99.99, 99.995, 99.999)  # of weights
 ETAS = (0.001, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.1, 0.2, 0.5, 1.0, *(2.0**-k for k in range(1, 25)))
@@ -39,7 +39,7 @@ class Options:
 
     Attributes:
         iterations: of Adam, per unit and stage.
-        batch: pictures per iteration.
+        batch: pictures that are run together, one batch per iteration.
         rate: learning rate of the weights.
         pictures: of the calibration pictures, at most.
         smooth: tune float weights on per-channel norm outputs first; False: quantized weights from the beginning, with
@@ -141,19 +141,17 @@ class _Stages:
 
     def learn(self, prefix: Prefix, unit: Unit, generator: torch.Generator) -> tuple[float, float, list[str]]:
         """Stages (a), (b) and (c) of one unit; the error with untuned weights and at the end."""
-        noisy, clean = unit_inputs(prefix, unit)
         tuned = TunedUnit(Execution(self.twin, self.parameters), unit)
         if self.smooth:
-            self._keep(tuned.tune(clean, unit_targets(prefix, unit), self.settings, generator, coded=False))
+            self._keep(tuned.tune(unit_batches(prefix, unit), self.settings, generator, coded=False))
         self.fold(unit)
-        layers, targets = list(tuned.weights()), unit_targets(prefix, unit)
+        layers, batches = list(tuned.weights()), unit_batches(prefix, unit)
         self._set_weights(self.problem, layers)
-        untuned = TunedUnit(prefix.execution, unit)
-        before = untuned.error(noisy, targets, untuned.weights(), self.settings.batch)
+        before = TunedUnit(prefix.execution, unit).error(batches)
         plain = {name: self.parameters.weights[name] for name in layers}
         self._set_weights(self.twin, layers)
-        self._keep(tuned.tune(noisy, targets, self.settings, generator, coded=True))
-        after = tuned.error(noisy, targets, tuned.weights(), self.settings.batch)
+        self._keep(tuned.tune(batches, self.settings, generator, coded=True))
+        after = tuned.error(batches)
         if after >= before:
             self.parameters.weights |= plain
             return before, before, []

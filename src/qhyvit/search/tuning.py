@@ -16,7 +16,7 @@ from torch import Tensor
 from qhyvit.graph.blocks import Unit
 from qhyvit.graph.ops import weight_of
 from qhyvit.search.prefix import Execution
-from qhyvit.search.reconstruction import relative_error
+from qhyvit.search.reconstruction import Batch, drawn, relative_error
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Settings:
 
     Attributes:
         iterations: of Adam.
-        batch: pictures per iteration.
+        batch: pictures that are run together.
         rate: learning rate, falling to 0 by a cosine.
     """
 
@@ -71,52 +71,30 @@ class TunedUnit:
 
     @torch.enable_grad()
     def tune(
-        self,
-        inputs: dict[str, Any],
-        targets: list[Tensor],
-        settings: Settings,
-        generator: torch.Generator,
-        *,
-        coded: bool,
+        self, batches: list[Batch], settings: Settings, generator: torch.Generator, *, coded: bool
     ) -> dict[str, Tensor]:
-        """Weights, by node, that bring the outputs nearer to the targets; nothing is written.
+        """Weights, by node, that bring the outputs nearer to those of the float network; nothing is written.
 
         Args:
-            inputs: of all pictures, by name.
-            targets: the outputs wanted, of all pictures.
+            batches: what is learned from.
             settings: how.
-            generator: what batches are drawn from.
-            coded: whether weights are quantized meanwhile; the gradient passes where they are rounded, not clipped.
+            generator: what the order of the batches is drawn from.
+            coded: whether weights are quantized meanwhile, on inputs from the quantized network; the gradient passes
+                where they are rounded, not clipped. Else weights and inputs are float.
         """
         weights = {name: w.detach().clone().requires_grad_() for name, w in self.weights().items()}
         optimizer = torch.optim.Adam(list(weights.values()), lr=settings.rate)
-        for i in range(settings.iterations):
+        for i, batch in enumerate(drawn(batches, settings.iterations, generator)):
             optimizer.param_groups[0]["lr"] = settings.rate * (1 + math.cos(math.pi * i / settings.iterations)) / 2
-            pick = torch.randperm(len(targets[0]), generator=generator)[: settings.batch]
-            found = self.outputs(_part(inputs, pick), weights, coded=coded)
+            found = self.outputs(batch.noisy if coded else batch.clean, weights, coded=coded)
             optimizer.zero_grad()
-            relative_error(found, [t[pick] for t in targets]).backward()  # type: ignore[no-untyped-call]
+            relative_error(found, batch.targets).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         return {name: w.detach() for name, w in weights.items()}
 
     @torch.no_grad()
-    def error(
-        self,
-        inputs: dict[str, Any],
-        targets: list[Tensor],
-        weights: dict[str, Tensor],
-        size: int,
-        *,
-        coded: bool = True,
-    ) -> float:
-        """Error on all pictures as a share of the targets' square, run `size` pictures at a time."""
-        total, count = 0.0, len(targets[0])
-        for start in range(0, count, size):
-            pick = torch.arange(start, min(start + size, count))
-            found = self.outputs(_part(inputs, pick), weights, coded=coded)
-            total += float(relative_error(found, [t[pick] for t in targets])) * len(pick)
-        return total / count
-
-
-def _part(inputs: dict[str, Any], pick: Tensor) -> dict[str, Any]:
-    return {name: v[pick] if isinstance(v, Tensor) else v for name, v in inputs.items()}
+    def error(self, batches: list[Batch]) -> float:
+        """Error in the quantized network as a share of the targets' square, with the graph's weights."""
+        weights = self.weights()
+        errors = [relative_error(self.outputs(b.noisy, weights, coded=True), b.targets) for b in batches]
+        return float(torch.stack(errors).mean())

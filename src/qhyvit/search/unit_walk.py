@@ -18,7 +18,7 @@ from qhyvit.methods.base import Problem
 from qhyvit.progress import task
 from qhyvit.quantized import Parameters
 from qhyvit.search.prefix import Prefix, first_batches
-from qhyvit.search.reconstruction import Settings, UnitLearner
+from qhyvit.search.reconstruction import Batch, Settings, UnitLearner
 
 Learn = Callable[[Prefix, Unit, torch.Generator], tuple[float, float, list[str]]]
 
@@ -53,7 +53,7 @@ def reconstruct(
     def learn(prefix: Prefix, unit: Unit, generator: torch.Generator) -> tuple[float, float, list[str]]:
         nodes = [n for n in prefix.nodes if n.name in set(unit.nodes)]
         learner = UnitLearner(prefix.execution, nodes, unit, settings, generator)
-        before, after = learner.run(*unit_inputs(prefix, unit), unit_targets(prefix, unit))
+        before, after = learner.run(unit_batches(prefix, unit))
         return before, after, list(learner.steps)
 
     kept = State(state, problem, settings) if state is not None else None
@@ -107,27 +107,18 @@ def walk_units(
     return found
 
 
-def unit_inputs(prefix: Prefix, unit: Unit) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a unit reads in the quantized and in the float network, all pictures together."""
-    noisy, clean = ({n: _joined(values[n]) for n in unit.inputs} for values in (prefix.noisy, prefix.clean))
-    return noisy, clean
-
-
-def _joined(batches: list[Any]) -> Any:
-    """All pictures together; what is no tensor (a batch size) is the same in every batch."""
-    return torch.cat(batches) if isinstance(batches[0], Tensor) else batches[0]
-
-
 @torch.no_grad()
-def unit_targets(prefix: Prefix, unit: Unit) -> list[Tensor]:
-    """The unit's outputs in the float network, all pictures together."""
+def unit_batches(prefix: Prefix, unit: Unit) -> list[Batch]:
+    """What a unit whose inputs have been run is learned from."""
     nodes, found = {n.name: n for n in prefix.nodes}, []
     for i in range(prefix.batches):
-        values = {name: prefix.clean[name][i] for name in unit.inputs}
+        noisy, clean = ({name: values[name][i] for name in unit.inputs} for values in (prefix.noisy, prefix.clean))
+        values = dict(clean)
         for name in unit.nodes:
             values[name] = prefix.execution.float_value(nodes[name], values)
-        found.append([values[name] for name in unit.outputs if isinstance(values[name], Tensor)])
-    return [torch.cat(parts) for parts in zip(*found, strict=True)]
+        targets = [values[name] for name in unit.outputs if isinstance(values[name], Tensor)]
+        found.append(Batch(noisy, clean, targets))
+    return found
 
 
 class State:
