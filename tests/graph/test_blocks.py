@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from hybrid import SIDE, Hybrid
-from qhyvit.graph.blocks import LARGEST, Unit, find_units
+from qhyvit.graph.blocks import LARGEST, Unit, find_units, whole_transformers
 from qhyvit.graph.bridges import find_bridges
 from qhyvit.graph.capture import capture
 from tiny import Tiny
@@ -52,9 +52,11 @@ def found(net: nn.Module) -> tuple[fx.GraphModule, tuple[Unit, ...]]:
     return graph, find_units(graph)
 
 
+@pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("net", [Tiny, Hybrid, Residuals, TwoStreams])
-def test_each_node_is_in_one_unit_and_units_can_be_run_in_order(net: type[nn.Module]) -> None:
+def test_each_node_is_in_one_unit_and_units_can_be_run_in_order(net: type[nn.Module], whole: bool) -> None:
     graph, units = found(net())
+    units = whole_transformers(graph, units) if whole else units
     assert sorted(n for u in units for n in u.nodes) == sorted(
         n.name for n in graph.graph.nodes if n.op == "call_function"
     )
@@ -73,6 +75,24 @@ def test_units_end_with_residual_blocks_also_inside_a_longer_skip() -> None:
     layers = [[modules[n] for n in u.layers] for u in units]
     assert ["first.0", "first.2"] in layers
     assert ["second.0", "second.2"] in layers
+
+
+def test_an_attention_and_its_feed_forward_network_make_one_whole_transformer_block() -> None:
+    graph, units = found(Hybrid())
+    whole = whole_transformers(graph, units)
+    modules = {n.name: n.meta["module"] for n in graph.graph.nodes if n.op == "call_function"}
+    layers = [[modules[n] for n in u.layers] for u in units]
+    assert ["out"] in layers
+    assert ["fc1", "fc2"] in layers
+    assert ["out", "fc1", "fc2"] in [[modules[n] for n in u.layers] for u in whole]
+    assert len(whole) == len(units) - 1
+    assert [u for u in whole if u.bridge] == [u for u in units if u.bridge]
+
+
+@pytest.mark.parametrize("net", [Residuals, TwoStreams])
+def test_residuals_without_attention_stay_apart(net: type[nn.Module]) -> None:
+    graph, units = found(net())
+    assert whole_transformers(graph, units) == units
 
 
 @pytest.mark.parametrize("net", [Tiny, Hybrid])

@@ -22,6 +22,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "ptq4vit": {"candidates": 20, "rounds": 1},
     "fqvit": {},
     "hyq": {"steps": 30},
+    "iasvit": {"iterations": 5, "batch": 4, "softmax": "sulq"},
     "repqvit": {},
 }
 
@@ -78,7 +79,7 @@ def test_a_net_without_the_patterns_is_told_so(name: str) -> None:
     assert name == "ptq4vit" or any(note.startswith(f"{name}: no ") for note in parameters.notes), parameters.notes
 
 
-@pytest.mark.parametrize("name", ["easyquant", "ptq4vit", "hyq"])
+@pytest.mark.parametrize("name", ["easyquant", "ptq4vit", "hyq", "iasvit"])
 def test_the_same_seed_gives_the_same_choice(name: str) -> None:
     first, second = (METHODS[name](problem(**PUBLISHED[name])) for _ in range(2))
     for one, other in ((first.weights, second.weights), (first.activations, second.activations)):

@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from itertools import accumulate
 
 from torch import fx
 
+from qhyvit.graph.attentions import find_attentions
 from qhyvit.graph.bridges import find_bridges
 from qhyvit.graph.flow import Flow
 from qhyvit.graph.ops import LAYOUT, WEIGHTED, aten, is_call
@@ -53,14 +55,48 @@ def find_units(graph: fx.GraphModule) -> tuple[Unit, ...]:
     flow = Flow(graph)
     computing = [n for n in graph.graph.nodes if n.op == "call_function"]
     pieces = _divided(flow, _merged(_cut(flow, [n for n in computing if n in flow.inputs], frozenset())))
-    placed = {n for piece in pieces for n in piece}
-    rest = [n for n in computing if n not in placed]  # batch sizes and the like: beside what first reads them
     by_name = {n.name: n for n in computing}
     parted: list[tuple[list[fx.Node], bool]] = [(piece, False) for piece in pieces]
     for block in find_bridges(graph):
         parted = _with_bridge(flow, parted, [by_name[name] for name in block.nodes])
+    return _units(graph, parted)
+
+
+def whole_transformers(graph: fx.GraphModule, units: tuple[Unit, ...]) -> tuple[Unit, ...]:
+    """The units with each attention and the feed-forward network behind it, a residual of its own, as one unit.
+
+    Args:
+        graph: whose units they are.
+        units: as `find_units` gives them. Bridge blocks stay by themselves.
+    """
+    flow = Flow(graph)
+    by_name = {n.name: n for n in flow.nodes}
+    mixtures = {a.result for a in find_attentions(flow)}
+    found: list[tuple[list[fx.Node], bool]] = []
+    for unit in units:
+        piece = [by_name[name] for name in unit.nodes if name in by_name]
+        before, bridge = found[-1] if found else ([], True)
+        entry = {n for node in piece for n in flow.inputs[node]} - set(piece)
+        if (
+            not (bridge or unit.bridge)
+            and mixtures & set(before)
+            and not mixtures & set(piece)
+            and len(_layers(piece)) > 1
+            and len(entry) == 1
+            and entry <= set(before)
+            and _residual(flow, piece, frozenset())
+        ):
+            found[-1] = (before + piece, False)
+        else:
+            found.append((piece, unit.bridge))
+    return _units(graph, found)
+
+
+def _units(graph: fx.GraphModule, parted: list[tuple[list[fx.Node], bool]]) -> tuple[Unit, ...]:
+    """Units of pieces that together hold all that depends on the pictures; the rest goes beside what first reads it."""
+    computing = [n for n in graph.graph.nodes if n.op == "call_function"]
     owner = {n: i for i, (piece, _) in enumerate(parted) for n in piece}
-    for node in reversed(rest):
+    for node in reversed([n for n in computing if n not in owner]):  # batch sizes and the like
         owner[node] = min((owner[u] for u in node.users if u in owner), default=len(parted) - 1)
     members: list[list[fx.Node]] = [[] for _ in parted]
     for node in computing:
@@ -73,7 +109,7 @@ def _cut(flow: Flow, nodes: list[fx.Node], beside: frozenset[fx.Node]) -> list[l
     pieces: list[list[fx.Node]] = [[]]
     for node, alive in zip(nodes, _alive(flow, nodes, beside), strict=True):
         pieces[-1].append(node)
-        if len(alive) <= 1 and not any(is_call(user, operator.getitem) for user in flow.users[node]):
+        if alive <= 1 and not any(is_call(user, operator.getitem) for user in flow.users[node]):
             pieces.append([])
     found = []
     for piece in filter(None, pieces):
@@ -83,19 +119,22 @@ def _cut(flow: Flow, nodes: list[fx.Node], beside: frozenset[fx.Node]) -> list[l
     return found
 
 
-def _alive(flow: Flow, nodes: list[fx.Node], beside: frozenset[fx.Node] = frozenset()) -> list[set[fx.Node]]:
-    """After each node of a run, the values so far, those that the run reads included, that something later reads.
+def _alive(flow: Flow, nodes: list[fx.Node], beside: frozenset[fx.Node] = frozenset()) -> list[int]:
+    """After each node of a run, how many values so far, those that the run reads included, something later reads.
 
     A value in `beside` skips the run: where it is read last, behind the run if it is read there, does not count.
     """
     index = {node: i for i, node in enumerate(nodes)}
-    last: dict[fx.Node, int] = {}
+    changes = [0] * (len(nodes) + 1)
     for source in dict.fromkeys([n for node in nodes for n in (*flow.inputs[node], node)]):
         read = sorted(index.get(user, len(nodes)) for user in flow.users[source]) or [len(nodes)]
         if source in beside:
             read = [i for i in read if i < read[-1]]
-        last[source] = max(read, default=-1)
-    return [{v for v, end in last.items() if index.get(v, -1) <= i < end} for i in range(len(nodes))]
+        begin, end = index.get(source, 0), max(read, default=0)
+        if begin < end:
+            changes[begin] += 1
+            changes[end] -= 1
+    return list(accumulate(changes[:-1]))
 
 
 def _residual(flow: Flow, piece: list[fx.Node], beside: frozenset[fx.Node]) -> bool:
@@ -136,7 +175,7 @@ def _divided(flow: Flow, pieces: list[list[fx.Node]]) -> list[list[fx.Node]]:
             for i, node in enumerate(piece[:-1]):
                 seen += is_call(node, WEIGHTED)
                 if LARGEST // 2 <= seen <= LARGEST:
-                    best = min(best, (len(alive[i]), -i))
+                    best = min(best, (alive[i], -i))
             found.append(piece[: 1 - best[1]])
             piece = piece[1 - best[1] :]
         found.append(piece)

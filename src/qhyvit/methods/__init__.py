@@ -8,6 +8,7 @@ from qhyvit.methods import (
     erq,
     fqvit,
     hyq,
+    iasvit,
     ptq4vit,
     qdrop,
     qhyvit,
@@ -31,6 +32,7 @@ METHODS.register("ptq4vit")(Method(ptq4vit.ptq4vit, formats=("twin-uniform",)))
 METHODS.register("fqvit")(Method(fqvit.fqvit, formats=("log2", "power-of-two"), operators=FULLY_INTEGER))
 METHODS.register("hyq")(Method(hyq.hyq, formats=("log2", "power-of-two"), operators=FULLY_INTEGER))
 METHODS.register("adalog")(Method(adalog.adalog, formats=("adalog",)))
+METHODS.register("iasvit")(Method(iasvit.iasvit, formats=("sulq",)))
 METHODS.register("repqvit")(Method(repqvit.repqvit, formats=("log-sqrt2",)))
 METHODS.register("erq")(Method(erq.erq))
 METHODS.register("adaround")(Method(adaround.adaround))

@@ -23,7 +23,7 @@ class Options:
     Attributes:
         base: method that sets scales and zero points, with its own defaults.
         iterations: of Adam, per unit.
-        batch: pictures per iteration.
+        batch: pictures that are run together, one batch per iteration.
         rate: learning rate of the rounding.
         step_rate: learning rate of the activation steps; 0 leaves them.
         weight: λ of the rounding's regularization.

@@ -20,7 +20,7 @@ from qhyvit.methods.formats import Formats, softmax_stand_in
 from qhyvit.methods.options import read_options
 from qhyvit.quantized import Parameters
 from qhyvit.quantizers.log import LogSqrt2
-from qhyvit.quantizers.uniform import UniformAffine, affine_parameters, uniform_from_range
+from qhyvit.quantizers.uniform import Scheme, UniformAffine, affine_parameters, uniform_from_range
 from qhyvit.search.rows import sample_rows
 
 ROWS = 4096  # positions sampled of each norm output
@@ -66,10 +66,9 @@ def repqvit(problem: Problem) -> Parameters:
     for weight_site in problem.sites.weights:
         weight, _ = weight_of(problem.graph, nodes[weight_site.node])  # type: ignore[misc]
         bits = problem.bits(weight_site).weight_bits
-        ends = row_percentile_search(weight.flatten(1), RangeOptions(bits, scheme, signed=True), options.percentiles)
-        parameters.weights[weight_site.node] = uniform_from_range(*ends, bits=bits, scheme=scheme, signed=True, axis=0)
+        parameters.weights[weight_site.node] = per_row(weight, bits, scheme, options.percentiles)
     for site in problem.sites.activations:
-        parameters.activations[site.value] = shared.get(site.value) or _per_tensor(problem, site, options)
+        parameters.activations[site.value] = shared.get(site.value) or per_tensor(problem, site, options.percentiles)
     softmaxes = softmax_outputs(problem.graph, problem.sites)
     logarithmic = [site for site, _ in softmaxes if formats.has_for_softmax(LogSqrt2.kind, site)]
     values = sample_rows(problem, {s.value: s.channel_axis for s in logarithmic}, SOFTMAX_VALUES)
@@ -87,9 +86,16 @@ def repqvit(problem: Problem) -> Parameters:
     return parameters
 
 
-def _per_tensor(problem: Problem, site: ActivationSite, options: Options) -> UniformAffine:
+def per_row(weight: Tensor, bits: int, scheme: Scheme, percentiles: tuple[float, ...]) -> UniformAffine:
+    """Quantizer of a weight (C_out, …), each output channel with the percentile of its own least squared error."""
+    ends = row_percentile_search(weight.flatten(1), RangeOptions(bits, scheme, signed=True), percentiles)
+    return uniform_from_range(*ends, bits=bits, scheme=scheme, signed=True, axis=0)
+
+
+def per_tensor(problem: Problem, site: ActivationSite, percentiles: tuple[float, ...] = PERCENTILES) -> UniformAffine:
+    """Asymmetric quantizer of an activation, one scale, from the percentile of least squared error."""
     bits = problem.bits(site).activation_bits
-    ends = percentile_search(problem.statistics[site.value], RangeOptions(bits, "asymmetric"), options.percentiles)
+    ends = percentile_search(problem.statistics[site.value], RangeOptions(bits, "asymmetric"), percentiles)
     return uniform_from_range(*ends, bits=bits, scheme="asymmetric", signed=False)
 
 
@@ -113,21 +119,58 @@ def fold_norms(
     Returns:
         By value, the quantizer with one scale that now serves all channels.
     """
+    found = find_folds(problem, method, notes, layers=layers)
+    shared = {}
+    for fold, (low, high) in zip(found, channel_ranges(problem, found, percentiles), strict=True):
+        bits = problem.bits(fold.site).activation_bits
+        shared[fold.site.value] = reparameterize(problem, fold, low, high, bits)
+    if found:
+        problem.refresh()
+    return shared
+
+
+def find_folds(problem: Problem, method: str, notes: list[str], *, layers: bool = False) -> list[Fold]:
+    """The values that can be reparameterized, and a sentence in `notes` on how many they are."""
     found = folds(problem.graph, problem.sites, layers=layers)
-    if not found:
+    if found:
+        notes.append(f"{method}: {len(found)} values reparameterized, so that all their channels have one scale")
+    else:
         what = "norm or layer" if layers else "norm"
         notes.append(f"{method}: no {what} feeds only linears and convolutions: nothing was reparameterized")
-        return {}
+    return found
+
+
+def channel_ranges(
+    problem: Problem, found: list[Fold], percentiles: tuple[float, ...] = PERCENTILES
+) -> list[tuple[Tensor, Tensor]]:
+    """Ends (C,) of the range of each channel of each value, in the float network."""
     rows = sample_rows(problem, {f.site.value: f.site.channel_axis for f in found}, ROWS)
-    shared = {}
-    for fold in found:
-        bits = problem.bits(fold.site).activation_bits
-        scheme = RangeOptions(bits, "asymmetric" if fold.shiftable else "symmetric")
-        low, high = row_percentile_search(rows[fold.site.value].t(), scheme, percentiles)
-        shared[fold.site.value] = reparameterize(problem, fold, low, high, bits)
-    problem.refresh()
-    notes.append(f"{method}: {len(found)} values reparameterized, so that all their channels have one scale")
-    return shared
+    return [
+        row_percentile_search(
+            rows[f.site.value].t(), RangeOptions(problem.bits(f.site).activation_bits, _scheme(f)), percentiles
+        )
+        for f in found
+    ]
+
+
+def channel_quantizer(fold: Fold, low: Tensor, high: Tensor, bits: int) -> UniformAffine:
+    """The quantizer with a scale and zero point per channel whose codes `reparameterize` keeps.
+
+    The arguments are those of `reparameterize`; scales are limited as there.
+    """
+    shared, zero_point, ratio, shift = shared_scale(*_channel_parameters(fold, low, high, bits), bits)
+    zero_points = zero_point + shift.to(torch.int32)
+    axis = fold.site.channel_axis
+    return UniformAffine(ratio * shared, zero_points, bits=bits, signed=False, axis=axis, scheme="asymmetric")
+
+
+def _channel_parameters(fold: Fold, low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    return affine_parameters(low, high, bits=bits, scheme=_scheme(fold), signed=False)
+
+
+def _scheme(fold: Fold) -> Scheme:
+    """Where an offset is not exact, channels share their zero point."""
+    return "asymmetric" if fold.shiftable else "symmetric"
 
 
 def reparameterize(problem: Problem, fold: Fold, low: Tensor, high: Tensor, bits: int) -> UniformAffine:
@@ -145,9 +188,7 @@ def reparameterize(problem: Problem, fold: Fold, low: Tensor, high: Tensor, bits
     Returns:
         The per-tensor quantizer of the changed value.
     """
-    scheme = "asymmetric" if fold.shiftable else "symmetric"
-    scale, zero = affine_parameters(low, high, bits=bits, scheme=scheme, signed=False)  # type: ignore[arg-type]
-    shared, zero_point, ratio, shift = shared_scale(scale, zero, bits)
+    shared, zero_point, ratio, shift = shared_scale(*_channel_parameters(fold, low, high, bits), bits)
     balance(problem.graph, fold.producer, fold.site.channel_axis, fold.site.readers, ratio, -ratio * shared * shift)
     return UniformAffine(shared, zero_point, bits=bits, signed=False, scheme="asymmetric")
 

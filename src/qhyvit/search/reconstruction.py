@@ -7,7 +7,7 @@ Inputs of a unit are those of the quantized network, targets those of the float 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ class Settings:
 
     Attributes:
         iterations: of Adam, per unit.
-        batch: pictures per iteration.
+        batch: pictures that are run together.
         rate: learning rate of the rounding.
         step_rate: of the activation steps, falling to 0 by a cosine; 0 leaves them.
         weight: λ of the rounding's regularization.
@@ -109,6 +109,38 @@ class LearnedStep(torch.autograd.Function):
         return grad * inside, (grad * slope).sum().view(scale.shape) * ctx.factor, None, None, None
 
 
+@dataclass(frozen=True)
+class Batch:
+    """What a unit reads and ought to give for pictures that were run together.
+
+    Batches stay as they are: the first axis of a value inside a net may be one of windows or tokens, not of pictures.
+
+    Attributes:
+        noisy: the values that it reads in the quantized network, by name.
+        clean: the same in the float network.
+        targets: its outputs in the float network.
+    """
+
+    noisy: dict[str, Any]
+    clean: dict[str, Any]
+    targets: list[Tensor]
+
+
+def drawn(batches: list[Batch], count: int, generator: torch.Generator) -> Iterator[Batch]:
+    """`count` batches, each of them once before any comes again, every time in another order."""
+    order: list[int] = []
+    for _ in range(count):
+        order = order or torch.randperm(len(batches), generator=generator).tolist()
+        yield batches[order.pop()]
+
+
+def relative_error(found: list[Tensor], target: list[Tensor]) -> Tensor:
+    """Squared error () as a share of the target's square, summed over a unit's outputs."""
+    return torch.stack(
+        [(a - b).square().mean() / b.square().mean().clamp_min(1e-12) for a, b in zip(found, target, strict=True)]
+    ).sum()
+
+
 class UnitLearner:
     """Learns the rounding of one unit's weights and the steps of its activations.
 
@@ -181,40 +213,31 @@ class UnitLearner:
         keep = torch.rand(coded.shape, generator=self.generator).to(coded) < drop
         return torch.where(keep, clean, coded)
 
-    def loss(self, found: list[Tensor], target: list[Tensor]) -> Tensor:
-        """Squared error as a share of the target's square, summed over the outputs."""
-        return torch.stack(
-            [(a - b).square().mean() / b.square().mean().clamp_min(1e-12) for a, b in zip(found, target, strict=True)]
-        ).sum()
-
-    def run(self, noisy: dict[str, Tensor], clean: dict[str, Tensor], targets: list[Tensor]) -> tuple[float, float]:
+    def run(self, batches: list[Batch]) -> tuple[float, float]:
         """Learn, and write codes and steps where the error of the calibration pictures has not risen.
 
         Args:
-            noisy: inputs in the quantized network (all pictures), by name.
-            clean: the same in the float network.
-            targets: outputs in the float network.
+            batches: what is learned from.
 
         Returns:
             The error with nearest rounding and at the end, as shares of the outputs' square.
         """
         names, scales = list(self.rounding), {k: v.detach().clone() for k, v in self.steps.items()}
-        before = self._measure(noisy, targets, None)
+        before = self._measure(batches)
         variables = [{"params": [r.v for r in self.rounding.values()], "lr": self.settings.rate}]
         if self.steps:
             variables.append({"params": list(self.steps.values()), "lr": self.settings.step_rate})
         optimizer = torch.optim.Adam(variables)
-        total, count = self.settings.iterations, len(targets[0])
-        for i in range(total):
+        total = self.settings.iterations
+        for i, batch in enumerate(drawn(batches, total, self.generator)):
             if self.steps:
                 optimizer.param_groups[1]["lr"] = self.settings.step_rate * (1 + math.cos(math.pi * i / total)) / 2
-            pick = torch.randperm(count, generator=self.generator)[: self.settings.batch]
             values: dict[str, Any] = {
-                n: self.mixed(clean[n][pick], v[pick], self.settings.drop) if isinstance(v, Tensor) else v
-                for n, v in noisy.items()
+                n: self.mixed(batch.clean[n], v, self.settings.drop) if isinstance(v, Tensor) else v
+                for n, v in batch.noisy.items()
             }
             found = self.output(values, SoftRounding.values, self.settings.drop)
-            loss = self.loss(found, [t[pick] for t in targets])
+            loss = relative_error(found, batch.targets)
             progress = (i / total - self.settings.warmup) / max(1e-9, 1 - self.settings.warmup)
             if progress >= 0:
                 beta = 20 - 18 * progress
@@ -223,7 +246,7 @@ class UnitLearner:
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-        after = self._measure(noisy, targets, SoftRounding.hard_values)
+        after = self._measure(batches)
         if after > before:
             for name, scale in scales.items():
                 self.steps[name].data.copy_(scale)
@@ -237,15 +260,7 @@ class UnitLearner:
         return before, after
 
     @torch.no_grad()
-    def _measure(
-        self, noisy: dict[str, Tensor], targets: list[Tensor], weight: Callable[[SoftRounding], Tensor] | None
-    ) -> float:
-        """Error on all pictures; with weight None nearest rounding, which h(v0) ≥ ½ is."""
-        size, total = self.settings.batch, 0.0
-        for start in range(0, len(targets[0]), size):
-            part = slice(start, start + size)
-            values: dict[str, Any] = {n: v[part] if isinstance(v, Tensor) else v for n, v in noisy.items()}
-            pieces = [t[part] for t in targets]
-            found = self.output(values, weight or SoftRounding.hard_values, 0.0)
-            total += float(self.loss(found, pieces)) * len(pieces[0])
-        return total / len(targets[0])
+    def _measure(self, batches: list[Batch]) -> float:
+        """Error on all pictures, rounded for good; at the beginning that is to nearest, which h(v0) ≥ ½ is."""
+        errors = [relative_error(self.output(dict(b.noisy), SoftRounding.hard_values, 0.0), b.targets) for b in batches]
+        return float(torch.stack(errors).mean())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from qhyvit.methods.base import Problem
 from qhyvit.progress import task
 from qhyvit.quantized import Parameters
 from qhyvit.search.prefix import Prefix, first_batches
-from qhyvit.search.reconstruction import Settings, UnitLearner
+from qhyvit.search.reconstruction import Batch, Settings, UnitLearner
+
+Learn = Callable[[Prefix, Unit, torch.Generator], tuple[float, float, list[str]]]
 
 
 def reconstruct(
@@ -45,45 +48,77 @@ def reconstruct(
     Raises:
         RecipeError: if the folder cannot be used, or holds what another recipe or net has learned.
     """
-    batch = min(settings.batch, pictures, problem.picture_count)
-    settings = replace(settings, batch=batch)
-    batches = [b for b in first_batches(problem, pictures, batch) if len(b) == batch]
-    prefix = Prefix(problem, parameters, batches)
+    settings = replace(settings, batch=min(settings.batch, pictures, problem.picture_count))
+
+    def learn(prefix: Prefix, unit: Unit, generator: torch.Generator) -> tuple[float, float, list[str]]:
+        nodes = [n for n in prefix.nodes if n.name in set(unit.nodes)]
+        learner = UnitLearner(prefix.execution, nodes, unit, settings, generator)
+        before, after = learner.run(unit_batches(prefix, unit))
+        return before, after, list(learner.steps)
+
+    kept = State(state, problem, settings) if state is not None else None
+    return walk_units(problem, parameters, units, learn, pictures=pictures, batch=settings.batch, kept=kept)
+
+
+def walk_units(
+    problem: Problem,
+    parameters: Parameters,
+    units: tuple[Unit, ...],
+    learn: Learn,
+    *,
+    pictures: int,
+    batch: int,
+    kept: State | None = None,
+    leave: Callable[[Unit], None] = lambda unit: None,
+) -> list[dict[str, Any]]:
+    """Go through a net unit by unit, learn those that hold layers, and run both networks on.
+
+    Args:
+        problem: the net.
+        parameters: what is known of it so far.
+        units: in the order of the graph.
+        learn: learns one unit, whose inputs have been run: writes codes, scales and biases, and returns the error
+            before and after, and the values whose activation steps it changed.
+        pictures: of the calibration pictures, at most; whole batches.
+        batch: pictures that are run together.
+        kept: what finished units have learned.
+        leave: called for every unit, learned, taken over or without layers, before it is run.
+
+    Returns:
+        One JSON-able entry per unit with layers: its modules, and both errors.
+    """
+    prefix = Prefix(problem, parameters, [b for b in first_batches(problem, pictures, batch) if len(b) == batch])
     nodes = {n.name: n for n in prefix.nodes}
     sites = {s.node: s.module for s in problem.sites.weights}
-    kept = State(state, problem, settings) if state is not None else None
     found: list[dict[str, Any]] = []
     with task("Reconstructing", sum(bool(set(u.layers) & set(sites)) for u in units)) as advance:
         for i, unit in enumerate(units):
             learned = [name for name in unit.layers if name in sites]
-            if learned and not (kept is not None and kept.restore(i, parameters, [sites[n] for n in learned], found)):
+            modules = [sites[n] for n in learned]
+            if learned and not (kept is not None and kept.restore(i, parameters, modules, found)):
                 generator = torch.Generator().manual_seed(problem.recipe.seed + i)
-                learner = UnitLearner(prefix.execution, [nodes[n] for n in unit.nodes], unit, settings, generator)
-                noisy, clean = ({n: _joined(v[n]) for n in unit.inputs} for v in (prefix.noisy, prefix.clean))
-                before, after = learner.run(noisy, clean, _targets(prefix, unit))
-                found.append({"modules": [sites[n] for n in learned], "before": before, "after": after})
+                before, after, steps = learn(prefix, unit, generator)
+                found.append({"modules": modules, "before": before, "after": after})
                 if kept is not None:
-                    kept.keep(i, parameters, learned, list(learner.steps), found[-1])
+                    kept.keep(i, parameters, learned, steps, found[-1])
+            leave(unit)
             prefix.advance([nodes[n] for n in unit.nodes])
             advance(bool(learned))
     return found
 
 
-def _joined(batches: list[Any]) -> Any:
-    """All pictures together; what is no tensor (a batch size) is the same in every batch."""
-    return torch.cat(batches) if isinstance(batches[0], Tensor) else batches[0]
-
-
 @torch.no_grad()
-def _targets(prefix: Prefix, unit: Unit) -> list[Tensor]:
-    """The unit's outputs in the float network."""
+def unit_batches(prefix: Prefix, unit: Unit) -> list[Batch]:
+    """What a unit whose inputs have been run is learned from."""
     nodes, found = {n.name: n for n in prefix.nodes}, []
     for i in range(prefix.batches):
-        values = {name: prefix.clean[name][i] for name in unit.inputs}
+        noisy, clean = ({name: values[name][i] for name in unit.inputs} for values in (prefix.noisy, prefix.clean))
+        values = dict(clean)
         for name in unit.nodes:
             values[name] = prefix.execution.float_value(nodes[name], values)
-        found.append([values[name] for name in unit.outputs if isinstance(values[name], Tensor)])
-    return [torch.cat(parts) for parts in zip(*found, strict=True)]
+        targets = [values[name] for name in unit.outputs if isinstance(values[name], Tensor)]
+        found.append(Batch(noisy, clean, targets))
+    return found
 
 
 class State:
@@ -92,10 +127,10 @@ class State:
     Args:
         folder: made if it does not exist.
         problem: whose recipe and weights the files belong to.
-        settings: of the learning.
+        settings: of the learning; told apart by their `repr`.
     """
 
-    def __init__(self, folder: str, problem: Problem, settings: Settings) -> None:
+    def __init__(self, folder: str, problem: Problem, settings: object) -> None:
         self.folder = Path(folder).expanduser()
         digest = hashlib.sha256(problem.recipe.to_yaml().encode() + repr(settings).encode())
         for name, tensor in sorted(problem.graph.named_buffers()):
@@ -119,6 +154,9 @@ class State:
     ) -> None:
         """Write what a unit has learned, whole or not at all."""
         tensors = {f"codes.{n}": parameters.codes[n] for n in layers if n in parameters.codes}
+        tensors |= {f"bias.{n}": parameters.biases[n] for n in layers if n in parameters.biases}
+        tensors |= {f"weight_scale.{n}": parameters.weights[n].scale for n in layers}
+        tensors |= {f"weight_zero.{n}": parameters.weights[n].zero_point for n in layers}
         tensors |= {f"step.{n}": parameters.uniform(n).scale for n in steps}
         tensors["error"] = torch.tensor([entry["before"], entry["after"]], dtype=torch.float64)
         path, (data, _) = self._path(unit), pack({n: t.contiguous() for n, t in tensors.items()})
@@ -139,6 +177,12 @@ class State:
             kind, _, node = name.partition(".")
             if kind == "codes":
                 parameters.codes[node] = tensor
+            elif kind == "bias":
+                parameters.biases[node] = tensor
+            elif kind == "weight_scale":
+                parameters.weights[node].scale.copy_(tensor)
+            elif kind == "weight_zero":
+                parameters.weights[node].zero_point.copy_(tensor)
             elif kind == "step":
                 parameters.uniform(node).scale.copy_(tensor)
         before, after = tensors["error"].tolist()
