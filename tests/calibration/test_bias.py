@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qhyvit.calibration.bias import correct_biases
+from qhyvit.calibration.bias import behind, correct_biases
 from qhyvit.calibration.collect import Watcher
 from qhyvit.pipeline import export, quantize
 from qhyvit.quantized import QuantizedModel
@@ -47,30 +47,55 @@ def quantized(**changes: Any) -> QuantizedModel:
     return quantize(Layers(), calib=images(), input_size=SIDE, bits="w4a4", calibration={"batch": 5}, **changes)
 
 
-def channel_means(graph: torch.fx.GraphModule, model: QuantizedModel) -> dict[str, Tensor]:
-    """Mean output of each layer by channel, whatever a graph puts before it."""
+def outputs(graph: torch.fx.GraphModule, model: QuantizedModel) -> dict[str, Tensor]:
+    """Outputs of each layer by channel (C, n), whatever a graph puts before it."""
     found: dict[str, Tensor] = {}
 
     def keep(node: torch.fx.Node, value: Tensor) -> None:
         axis = 1 if value.ndim == 4 else -1
-        found[node.name] = value.movedim(axis, 0).flatten(1).mean(1)
+        found[node.name] = value.movedim(axis, 0).flatten(1)
 
     with torch.no_grad():
         Watcher(graph, [s.node for s in model.sites.weights], keep).run(images())
     return found
 
 
-@pytest.mark.parametrize("changes", [{}, {"scope": "full"}, {"target": "simulate"}])
-def test_every_layers_mean_error_vanishes_in_the_quantized_net(changes: dict[str, Any]) -> None:
+CHANGES: list[dict[str, Any]] = [{}, {"scope": "full"}, {"target": "simulate"}]
+
+
+@pytest.mark.parametrize("changes", CHANGES)
+def test_the_mean_error_vanishes_where_no_activation_function_reads(changes: dict[str, Any]) -> None:
     plain, model = quantized(**changes), quantized(bias_correction=True, **changes)
-    wanted = channel_means(model.graph, model)
-    before, after = (channel_means(m.simulation(integer=False), m) for m in (plain, model))
-    assert len(wanted) == 4
-    for name, mean in wanted.items():
-        step = model.bias_scale(name)  # biases are whole multiples of it, where they are integers
-        rounding = 1e-5 if step is None or not model.integer_bias else float(step.max())
-        assert (before[name] - mean).abs().max() > max(2e-3, 2 * rounding), name
-        assert (after[name] - mean).abs().max() < 2 * rounding, name  # its own, and what those before it leave
+    (name,) = (s.node for s in model.sites.weights if s.module == "fourth")
+    wanted = outputs(model.graph, model)[name].mean(1)
+    before, after = (outputs(m.simulation(integer=False), m)[name].mean(1) for m in (plain, model))
+    step = model.bias_scale(name)  # biases are whole multiples of it, where they are integers
+    rounding = 1e-5 if step is None or not model.integer_bias else float(step.max())
+    assert (before - wanted).abs().max() > max(2e-3, 2 * rounding)
+    assert (after - wanted).abs().max() < 2 * rounding  # its own, and what those before it leave
+
+
+@pytest.mark.parametrize("changes", CHANGES)
+def test_no_other_bias_gives_less_error_behind_the_activation_function(changes: dict[str, Any]) -> None:
+    plain, model = quantized(**changes), quantized(bias_correction=True, **changes)
+    at = {s.module: s.node for s in model.sites.weights}
+    before, after = (outputs(m.simulation(integer=False), m) for m in (plain, model))
+    wanted = outputs(model.graph, model)
+    for module, f in (("first", functional.silu), ("second", torch.relu), ("third", torch.tanh)):
+        name = at[module]
+
+        def error(y: Tensor, f: Any = f, target: Tensor = wanted[name]) -> Tensor:
+            return (f(y) - f(target)).square().mean(1)
+
+        others = torch.stack([error(after[name] + d) for d in torch.linspace(-0.5, 0.5, 201)])
+        assert (error(after[name]) <= 1.02 * others.amin(0) + 1e-6).all(), module
+        assert error(after[name]).sum() < error(before[name]).sum(), module
+
+
+def test_a_shift_that_helps_nothing_is_not_made() -> None:
+    y, noisy = torch.full((1, 50), -3.0), torch.full((1, 50), -2.0)
+    assert behind(torch.relu, y, noisy) == 0  # flat: no slope tells anything
+    assert behind(torch.relu, -y, -noisy) == pytest.approx(1)
 
 
 def test_a_bias_of_zero_and_a_missing_one_are_corrected() -> None:
@@ -97,7 +122,7 @@ def test_the_correction_reaches_the_runtime(tmp_path: Any) -> None:
     with torch.no_grad():
         torch.testing.assert_close(runtime.run(images()), model.simulation()(images()), rtol=0, atol=1e-2)
         uncorrected = quantized(saturation="unsigned").simulation()(images())
-    assert (runtime.run(images()) - uncorrected).abs().max() > 2e-2
+    assert (runtime.run(images()) - uncorrected).abs().max() > 1.5e-2
 
 
 def test_batches_of_any_size_give_the_same_biases() -> None:

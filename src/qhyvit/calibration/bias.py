@@ -1,86 +1,92 @@
-"""Bias correction: the mean error that quantization adds to each output channel, taken out of the bias."""
+"""Bias correction: the error that quantization adds to each output channel on average, taken out of the bias."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, fx
 
-from qhyvit.calibration.collect import Watcher
-from qhyvit.graph.ops import channel_axis
+from qhyvit.graph.ops import channel_axis, only_activation
 from qhyvit.progress import task
 from qhyvit.quantized import QuantizedModel
+from qhyvit.search.prefix import Prefix
 
 PICTURES = 64  # walked through the net together, so that each layer sees its predecessors corrected
+SAMPLED = 1 << 14  # numbers per channel that a shift before an activation function is fitted to
+STEPS = 4  # of Gauss-Newton
+FLAT = 1e-2  # least mean square slope: where the activation function is flat, a shift does nothing but grow
 
 
 def correct_biases(model: QuantizedModel, batches: Iterable[Tensor]) -> None:
-    """b ← b + mean(O) - mean(Ô) per output channel, for every quantized layer, in order (methods of DFQ, 1906.04721).
+    """Shift the bias of every quantized layer so that its output errs least, in order, each behind corrected ones.
 
-    O is the layer's output in the float network, Ô in the quantized one whose earlier biases are corrected already. No
-    layer is skipped for a bias of zero. Uses the first `PICTURES` pictures at most.
+    Where an activation function f alone reads the output: b = argmin Σ (f(ŷ + b) - f(y))² per output channel. A mean
+    error taken out before f comes back behind it, as f bends the noise around the mean. Elsewhere
+    b = mean(y) - mean(ŷ) (DFQ, arXiv 1906.04721), which is the same with f the identity. y is the output in the float
+    network, ŷ in the quantized one. No layer is skipped for a bias of zero. Uses the first `PICTURES` pictures at most.
 
     Args:
         model: changed in place (`parameters.biases`).
         batches: calibration pictures (n, 3, H, W).
     """
-    images = _first(batches, PICTURES)
-    sites = {s.node for s in model.sites.weights}
-    means: dict[str, Tensor] = {}
-
-    def keep(node: fx.Node, value: Tensor) -> None:
-        means[node.name] = _channel_means(node, value)
-
-    with torch.inference_mode(), task("Correcting biases", 2) as advance:
-        for piece in torch.split(images, 8):
-            seen = dict(means)
-            Watcher(model.graph, sites, keep).run(piece)
-            for name, mean in means.items():
-                means[name] = mean * len(piece) + seen.get(name, torch.zeros_like(mean))
-        means = {name: total / len(images) for name, total in means.items()}
-        advance(1)
-        for name in sites:  # the simulation starts from the float biases
-            model.parameters.biases.pop(name, None)
-        shifts = _Corrector(model, means).shifts(images)
-        advance(1)
-    for name, shift in shifts.items():
-        bias = model.bias(name)
-        model.parameters.biases[name] = (shift if bias is None else bias + shift).clone()
+    parameters, sites = model.parameters, {s.node for s in model.sites.weights}
+    for name in sites:  # the walk starts from the float biases
+        parameters.biases.pop(name, None)
+    prefix = Prefix(model, parameters, _first(batches, PICTURES))
+    with torch.no_grad(), task("Correcting biases", len(sites)) as advance:
+        for node in prefix.nodes:
+            prefix.advance([node])
+            if node.name not in sites:
+                continue
+            clean, noisy = prefix.clean[node.name], prefix.noisy[node.name]
+            shift = _shift(node, clean, noisy)
+            view = [1] * noisy[0].ndim
+            view[channel_axis(node)] = -1
+            prefix.noisy[node.name] = [value + shift.view(view) for value in noisy]
+            bias = model.bias(node.name)
+            parameters.biases[node.name] = (shift if bias is None else bias + shift).clone()
+            advance(1)
 
 
-class _Corrector(fx.Interpreter):
-    """Runs the simulation and moves the output of each layer to its float mean before going on."""
-
-    def __init__(self, model: QuantizedModel, means: dict[str, Tensor]) -> None:
-        super().__init__(model.simulation(integer=False))
-        self._means, self._shifts = means, dict[str, Tensor]()
-
-    def shifts(self, images: Tensor) -> dict[str, Tensor]:
-        """What each bias gains, by node."""
-        self.run(images)
-        return self._shifts
-
-    def run_node(self, n: fx.Node) -> Any:
-        out = super().run_node(n)
-        if n.name in self._means:
-            shift = (self._means[n.name] - _channel_means(n, out)).float()
-            view = [1] * out.ndim
-            view[channel_axis(n)] = -1
-            out = out + shift.view(view)
-            self._shifts[n.name] = shift
-        return out
+def _shift(node: fx.Node, clean: list[Tensor], noisy: list[Tensor]) -> Tensor:
+    """What the bias of a layer gains (C_out,), from its outputs in both networks by batch."""
+    y, x = (torch.cat([v.movedim(channel_axis(node), 0).flatten(1) for v in values], 1) for values in (clean, noisy))
+    activation = only_activation(node)
+    if activation is None:
+        return (y - x).mean(1, dtype=torch.float64).to(y.dtype)
+    if y.shape[1] > SAMPLED:
+        pick = torch.randperm(y.shape[1], generator=torch.Generator().manual_seed(0))[:SAMPLED].to(y.device)
+        y, x = y[:, pick], x[:, pick]
+    return behind(activation, y, x)
 
 
-def _channel_means(node: fx.Node, value: Tensor) -> Tensor:
-    return value.movedim(channel_axis(node), 0).flatten(1).double().mean(1)
+def behind(activation: Callable[[Tensor], Tensor], clean: Tensor, noisy: Tensor) -> Tensor:
+    """The shift b (C,) of each channel with the least Σ (f(noisy + b) - f(clean))²; 0 where none is found.
+
+    Args:
+        activation: f, elementwise.
+        clean: outputs in the float network (C, n).
+        noisy: in the quantized one.
+    """
+    target, shift = activation(clean), torch.zeros_like(clean[:, :1])
+    before = (activation(noisy) - target).square().mean(1, keepdim=True)
+    for _ in range(STEPS):
+        with torch.enable_grad():
+            moved = (noisy + shift).requires_grad_()
+            out = activation(moved)
+            (slope,) = torch.autograd.grad(out.sum(), moved)
+        missing = target - out.detach()
+        step = (missing * slope).mean(1, keepdim=True) / slope.square().mean(1, keepdim=True).clamp_min(FLAT)
+        shift = shift + step
+    after = (activation(noisy + shift) - target).square().mean(1, keepdim=True)
+    return torch.where(after < before, shift, 0.0).squeeze(1)
 
 
-def _first(batches: Iterable[Tensor], count: int) -> Tensor:
+def _first(batches: Iterable[Tensor], count: int) -> list[Tensor]:
     found: list[Tensor] = []
     for images in batches:
-        found.append(images)
+        found.append(images[: count - sum(map(len, found))])
         if sum(map(len, found)) >= count:
             break
-    return torch.cat(found)[:count]
+    return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -136,6 +136,15 @@ def is_call(node: object, targets: frozenset[Target] | Target) -> bool:
     if not isinstance(node, fx.Node) or node.op != "call_function":
         return False
     return node.target in targets if isinstance(targets, frozenset) else node.target == targets
+
+
+def only_activation(node: fx.Node) -> Callable[[Tensor], Tensor] | None:
+    """The activation function that alone reads a value, None where there is none or something else reads it too."""
+    readers = list(node.users)
+    if len(readers) != 1 or not is_call(readers[0], ACTIVATIONS):
+        return None
+    reader = readers[0]
+    return lambda x: reader.target(x, *reader.args[1:], **reader.kwargs)  # type: ignore[operator,no-any-return]
 
 
 def argument(node: fx.Node, name: str, default: Any = None) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from qhyvit.calibration.samples import LayerSample, ProductSample, ValueSample
 from qhyvit.graph.channels import consumers
-from qhyvit.graph.ops import ACTIVATIONS, CONVOLUTIONS, WEIGHTED, is_call, weight_of
+from qhyvit.graph.ops import CONVOLUTIONS, WEIGHTED, is_call, only_activation, weight_of
 from qhyvit.graph.sites import ActivationSite, WeightSite, source_site
 from qhyvit.methods.base import Problem
 from qhyvit.quantized import Parameters
@@ -203,11 +203,10 @@ class LayerSearch:
 
     def _value(self, name: str, sample: ValueSample) -> None:
         """A value that no layer reads: its error is measured behind the activation function that reads it, if any."""
-        readers = [self.nodes[r] for r in self.activations[name].readers]
-        through = readers[0] if len(readers) == 1 and readers[0].target in ACTIVATIONS else None
+        through = only_activation(self.nodes[name])
 
         def seen(x: Tensor) -> Tensor:
-            return x if through is None else through.target(x, *through.args[1:], **through.kwargs)  # type: ignore[operator]
+            return x if through is None else through(x)
 
         if self.parameters.uniform(name).axis is not None:
             return  # single numbers do not tell their channel: what the recipe asked for stays

@@ -8,28 +8,43 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, fx
 
 from qhyvit.graph.ops import constant
-from qhyvit.methods.base import Problem
+from qhyvit.graph.sites import Sites
 from qhyvit.quantized import Parameters
+
+if TYPE_CHECKING:  # methods import this module
+    from qhyvit.methods.base import Problem
+
+
+class Net(Protocol):
+    """A graph and where its quantizers stand: a `Problem`, a `QuantizedModel`."""
+
+    @property
+    def graph(self) -> fx.GraphModule:
+        """Float graph."""
+
+    @property
+    def sites(self) -> Sites:
+        """Where quantizers stand."""
 
 
 class Execution:
     """Runs single nodes of a graph, with quantizers in place or without.
 
     Args:
-        problem: the net.
+        net: graph and sites.
         parameters: the quantizers, looked up anew at each node.
     """
 
-    def __init__(self, problem: Problem, parameters: Parameters) -> None:
-        self.graph, self.parameters = problem.graph, parameters
-        self.layers = {s.node for s in problem.sites.weights}
-        self.sites = {(reader, s.value) for s in problem.sites.activations for reader in s.readers}
+    def __init__(self, net: Net, parameters: Parameters) -> None:
+        self.graph, self.parameters = net.graph, parameters
+        self.layers = {s.node for s in net.sites.weights}
+        self.sites = {(reader, s.value) for s in net.sites.activations for reader in s.readers}
 
     def float_value(self, node: fx.Node, values: dict[str, Any]) -> Any:
         """What a node computes in the float network, given the values that it reads."""
@@ -72,7 +87,7 @@ class Prefix:
     """Values of both networks up to where they have been run, for some batches of pictures; dead ones are freed.
 
     Args:
-        problem: the net.
+        net: graph and sites.
         parameters: the quantizers.
         batches: pictures (n, 3, H, W).
 
@@ -81,10 +96,10 @@ class Prefix:
         clean, noisy: values of the float and of the quantized network by node name, one for each batch.
     """
 
-    def __init__(self, problem: Problem, parameters: Parameters, batches: Iterable[Tensor]) -> None:
-        self.execution = Execution(problem, parameters)
+    def __init__(self, net: Net, parameters: Parameters, batches: Iterable[Tensor]) -> None:
+        self.execution = Execution(net, parameters)
         images = list(batches)
-        every = list(problem.graph.graph.nodes)
+        every = list(net.graph.graph.nodes)
         self.nodes = [n for n in every if n.op == "call_function"]
         self.clean: dict[str, list[Any]] = {n.name: list(images) for n in every if n.op == "placeholder"}
         self.noisy: dict[str, list[Any]] = {name: list(values) for name, values in self.clean.items()}
