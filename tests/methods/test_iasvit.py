@@ -109,7 +109,7 @@ def test_tuning_changes_weights_and_nothing_else(coded: bool) -> None:
     steps = {name: copy.deepcopy(q.state_dict()) for name, q in quantizers.items()}
     constants = {name: tensor.clone() for name, tensor in case.graph.named_buffers()}
     before = unit.error(batches)
-    weights = unit.tune(batches, Settings(100, 4, 1e-3), torch.Generator().manual_seed(0), coded=coded)
+    weights = unit.tune(batches, Settings(100, 1e-3), torch.Generator().manual_seed(0), coded=coded)
     for name, state in steps.items():
         assert all(torch.equal(tensor, quantizers[name].state_dict()[key]) for key, tensor in state.items())
     assert all(torch.equal(tensor, constants[name]) for name, tensor in case.graph.named_buffers())

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hybrid import SIDE, Hybrid, logits, problem
 from qhyvit.errors import RecipeError
@@ -136,6 +136,42 @@ def test_a_stopped_run_goes_on_and_ends_where_an_unbroken_one_does(
         assert torch.equal(quantizer.scale, resumed.activations[value].scale)  # type: ignore[arg-type]
     with pytest.raises(RecipeError, match="belongs to another recipe or net"):
         METHODS["qdrop"](problem("w3a4", **options))
+
+
+class Windows(nn.Module):
+    """A residual block inside four windows of each picture, which share the first axis with the pictures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(7)
+            self.stem, self.head = nn.Conv2d(3, 8, 3, 2, 1), nn.Linear(8, 5)
+            self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.silu(self.stem(x))
+        x = x.unflatten(3, (2, 4)).unflatten(2, (2, 4)).permute(0, 2, 4, 3, 5, 1).flatten(3, 4).flatten(0, 2)
+        x = x + self.second(nn.functional.gelu(self.first(x)))
+        x = x.unflatten(0, (-1, 4)).mean((1, 2))
+        out: Tensor = self.head(x)
+        return out
+
+
+@pytest.mark.parametrize("name", METHODS_HERE)
+def test_windows_beside_pictures_in_the_first_axis(name: str) -> None:
+    """What the last unit reports is what the net computes, so inputs and targets belonged together."""
+    case = problem("w3a8", net=Windows, **QUICK)
+    parameters = METHODS[name](case)
+    report = parameters.report[name]
+    assert any(entry["after"] < 0.9 * entry["before"] for entry in report)
+    model = QuantizedModel(case.graph, case.sites, parameters, case.recipe, {}, False)
+    simulation = model.simulation(integer=False)
+    with torch.no_grad():
+        errors = [
+            float((simulation(x) - case.graph(x)).square().sum() / case.graph(x).square().sum())
+            for x in case.pictures()
+        ]
+    assert sum(errors) / len(errors) == pytest.approx(report[-1]["after"], rel=1e-3)
 
 
 @pytest.mark.parametrize("name", METHODS_HERE)

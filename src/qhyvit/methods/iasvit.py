@@ -85,8 +85,7 @@ def iasvit(problem: Problem) -> Parameters:
     for site in problem.sites.activations:
         parameters.activations[site.value] = per_tensor(problem, site)
     _set_softmaxes(problem, parameters, formats, options.softmax)
-    batch = min(options.batch, options.pictures, problem.picture_count)
-    settings = Settings(options.iterations, batch, options.rate)
+    settings = Settings(options.iterations, options.rate)
     kept = State(options.state, problem, settings) if options.state is not None else None
     stages = _Stages(problem, parameters, scheme, settings, options)
     units = whole_transformers(problem.graph, find_units(problem.graph))
@@ -96,7 +95,7 @@ def iasvit(problem: Problem) -> Parameters:
         units,
         stages.learn,
         pictures=options.pictures,
-        batch=batch,
+        batch=options.batch,
         kept=kept,
         leave=stages.fold,
     )

@@ -25,12 +25,10 @@ class Settings:
 
     Attributes:
         iterations: of Adam.
-        batch: pictures that are run together.
         rate: learning rate, falling to 0 by a cosine.
     """
 
     iterations: int
-    batch: int
     rate: float
 
 

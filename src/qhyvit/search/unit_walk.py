@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ def reconstruct(
         parameters: scales and zero points; gains codes and steps.
         units: what is learned together.
         settings: how each is learned.
-        pictures: of the calibration pictures, at most; whole batches.
+        pictures: of the calibration pictures, at most.
         state: folder that keeps what finished units have learned; a later run with the same recipe goes on from there.
 
     Returns:
@@ -48,7 +47,6 @@ def reconstruct(
     Raises:
         RecipeError: if the folder cannot be used, or holds what another recipe or net has learned.
     """
-    settings = replace(settings, batch=min(settings.batch, pictures, problem.picture_count))
 
     def learn(prefix: Prefix, unit: Unit, generator: torch.Generator) -> tuple[float, float, list[str]]:
         nodes = [n for n in prefix.nodes if n.name in set(unit.nodes)]
@@ -79,7 +77,7 @@ def walk_units(
         units: in the order of the graph.
         learn: learns one unit, whose inputs have been run: writes codes, scales and biases, and returns the error
             before and after, and the values whose activation steps it changed.
-        pictures: of the calibration pictures, at most; whole batches.
+        pictures: of the calibration pictures, at most.
         batch: pictures that are run together.
         kept: what finished units have learned.
         leave: called for every unit, learned, taken over or without layers, before it is run.
@@ -87,7 +85,7 @@ def walk_units(
     Returns:
         One JSON-able entry per unit with layers: its modules, and both errors.
     """
-    prefix = Prefix(problem, parameters, [b for b in first_batches(problem, pictures, batch) if len(b) == batch])
+    prefix = Prefix(problem, parameters, first_batches(problem, pictures, batch))
     nodes = {n.name: n for n in prefix.nodes}
     sites = {s.node: s.module for s in problem.sites.weights}
     found: list[dict[str, Any]] = []
