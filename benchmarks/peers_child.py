@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import math
 import os
 import re
 import sys
@@ -21,12 +20,13 @@ from typing import Any
 # Imported before the clock starts: what the contestant needs, also where it would import it later by itself.
 COMMON = ("torch", "timm", "qhyvit.models.load", "onnx")
 EXPORT = ("torch.export", "torch._dynamo")
+PEER = (*COMMON, "qhyvit.comparison.peers")
 IMPORTS = {
     "qhyvit-mse": (*COMMON, *EXPORT, "qhyvit.pipeline"),
     "qhyvit-minmax": (*COMMON, *EXPORT, "qhyvit.pipeline"),
-    "ort": (*COMMON, *EXPORT, "onnxscript", "onnxruntime.quantization.shape_inference"),
-    "ort-legacy": (*COMMON, "onnxruntime.quantization.shape_inference"),
-    "nncf": (*COMMON, "openvino", "nncf"),
+    "ort": (*PEER, *EXPORT, "onnxscript", "onnxruntime.quantization.shape_inference"),
+    "ort-legacy": (*PEER, "onnxruntime.quantization.shape_inference"),
+    "nncf": (*PEER, "openvino", "nncf"),
 }
 # The float file that stands beside a contestant's integer file.
 FLOATS = {
@@ -165,50 +165,26 @@ def _torch_export(loaded: Any, pictures: Any, path: Path, *, dynamo: bool) -> fl
     return time.perf_counter() - start
 
 
-def ort_static(loaded: Any, pictures: Any, home: Path, *, dynamo: bool) -> Quantized:
-    """ONNX Runtime's static quantization as its documentation advises for x86: QDQ, U8S8, per channel, min-max."""
-    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
-    from onnxruntime.quantization.shape_inference import quant_pre_process
+def by_peer(name: str, loaded: Any, pictures: Any, home: Path, *, dynamo: bool) -> Quantized:
+    """Another quantizer, with the settings of `qhyvit compare --peers`, from a file of `torch.onnx.export`.
 
-    class Reader:
-        def __init__(self) -> None:
-            self.rest = iter(pictures)
-
-        def get_next(self) -> dict[str, Any] | None:
-            picture = next(self.rest, None)
-            return None if picture is None else {"images": picture[None]}
+    OpenVINO converts an ONNX file of the TorchScript exporter, which takes a third of the time of its own way from a
+    torch module.
+    """
+    from qhyvit.comparison.peers import PEERS
+    from qhyvit.recipe import Recipe
+    from qhyvit.targets.onnxruntime import prepare
 
     seconds = _torch_export(loaded, pictures, home / "float.onnx", dynamo=dynamo)
-    quant_pre_process(str(home / "float.onnx"), str(home / "prepared.onnx"))
-    quantize_static(
-        str(home / "prepared.onnx"),
-        str(home / "int8.onnx"),
-        Reader(),
-        quant_format=QuantFormat.QDQ,
-        per_channel=True,
-        activation_type=QuantType.QUInt8,
-        weight_type=QuantType.QInt8,
-        calibrate_method=CalibrationMethod.MinMax,
-    )
+    PEERS[name].quantize(home / "float.onnx", pictures, home, prepare(Recipe()).saturation)
     return seconds, lambda: None
 
 
-def nncf_openvino(loaded: Any, pictures: Any, home: Path) -> Quantized:
-    """NNCF's post-training quantization with the settings that it has for transformers.
-
-    OpenVINO converts an ONNX file of the TorchScript exporter here, which takes a third of the time of its own way from
-    a torch module.
-    """
-    import nncf
+def by_nncf(loaded: Any, pictures: Any, home: Path) -> Quantized:
+    """NNCF; OpenVINO's float model is written for the latency alone."""
     import openvino
 
-    start = time.perf_counter()
-    _torch_export(loaded, pictures, home / "float.onnx", dynamo=False)
-    converted = openvino.convert_model(home / "float.onnx")
-    seconds = time.perf_counter() - start
-    data = nncf.Dataset(pictures, lambda picture: picture[None])
-    model = nncf.quantize(converted, data, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(pictures))
-    openvino.save_model(model, home / "int8.xml", compress_to_fp16=False)
+    seconds, _ = by_peer("nncf-ptq", loaded, pictures, home, dynamo=False)
     return seconds, lambda: openvino.save_model(
         openvino.convert_model(home / "float.onnx"), home / "float.xml", compress_to_fp16=False
     )
@@ -217,21 +193,19 @@ def nncf_openvino(loaded: Any, pictures: Any, home: Path) -> Quantized:
 QUANTIZE: dict[str, Callable[[Any, Any, Path], Quantized]] = {
     "qhyvit-mse": lambda *given: qhyvit(*given, method="mse"),
     "qhyvit-minmax": lambda *given: qhyvit(*given, method="minmax"),
-    "ort": lambda *given: ort_static(*given, dynamo=True),
-    "ort-legacy": lambda *given: ort_static(*given, dynamo=False),
-    "nncf": nncf_openvino,
+    "ort": lambda *given: by_peer("ort-quantize-static", *given, dynamo=True),
+    "ort-legacy": lambda *given: by_peer("ort-quantize-static", *given, dynamo=False),
+    "nncf": by_nncf,
 }
-
-
-Run = Callable[[Any], Any]  # pictures float32 (1, 3, H, W) → logits (1, classes), on one thread
 
 
 def evaluate(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """All deployed files and their float counterparts: error against the float module, size and latency."""
     import numpy as np
+    import torch
 
     names = settings["only"]
-    images, logits = np.load(folder / "evaluation.npy"), np.load(folder / "logits.npy")
+    images, logits = (torch.from_numpy(np.load(folder / f"{name}.npy")) for name in ("evaluation", "logits"))
     runs = {name: open_file(folder / name, "int8") for name in names}
     runs |= {FLOATS[name]: open_file(folder / name, "float") for name in names}
     latency = latencies(runs, images[:1])
@@ -251,38 +225,25 @@ def evaluate(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     return {"deployed": {k: found.pop(k) for k in names}, "float": found}
 
 
-def open_file(home: Path, stem: str) -> Run:
-    """An ONNX file in ONNX Runtime, or OpenVINO's own in OpenVINO; float means 32 bits, not bfloat16, in both."""
-    if (home / f"{stem}.xml").is_file():
-        import openvino
+def open_file(home: Path, stem: str) -> Any:
+    """An ONNX file in ONNX Runtime, or OpenVINO's own in OpenVINO: pictures → logits, on one thread."""
+    from qhyvit.comparison.peers import open_onnx, open_openvino
 
-        options = {"INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32"}
-        compiled = openvino.Core().compile_model(home / f"{stem}.xml", "CPU", options)
-        request = compiled.create_infer_request()
-        return lambda image: request.infer([image])[0]
-    import onnxruntime
-
-    chosen = onnxruntime.SessionOptions()
-    chosen.intra_op_num_threads = 1
-    chosen.log_severity_level = 3
-    chosen.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = onnxruntime.InferenceSession(str(home / f"{stem}.onnx"), chosen, providers=["CPUExecutionProvider"])
-    entry = session.get_inputs()[0].name
-    return lambda image: session.run(None, {entry: image})[0]
+    file = home / f"{stem}.xml"
+    return open_openvino(file, 1) if file.is_file() else open_onnx(home / f"{stem}.onnx", 1)
 
 
-def errors(run: Run, images: Any, logits: Any) -> dict[str, float]:
+def errors(run: Any, images: Any, logits: Any) -> dict[str, float | None]:
     """SQNR in dB and top-1 agreement of logits (n, classes) with those of the float module."""
-    import numpy as np
+    from qhyvit.evaluation import Tally
 
-    outputs = np.concatenate([np.array(run(images[i : i + 1])) for i in range(len(images))])
-    noise = float(np.square(outputs.astype(np.float64) - logits).sum())
-    signal = float(np.square(logits.astype(np.float64)).sum())
-    agreement = float((outputs.argmax(1) == logits.argmax(1)).mean())
-    return {"sqnr_db": 10 * math.log10(signal / max(noise, 1e-30)), "top1_agreement": agreement}
+    tally = Tally()
+    for picture, expected in zip(images.split(1), logits.split(1), strict=True):
+        tally.update(run(picture), None, expected)
+    return {"sqnr_db": tally.sqnr_db, "top1_agreement": tally.agreement}
 
 
-def latencies(runs: dict[str, Run], image: Any) -> dict[str, float]:
+def latencies(runs: dict[str, Any], image: Any) -> dict[str, float]:
     """Median CPU milliseconds for one picture, of all files in turn, so that a busy machine slows all alike."""
     times: dict[str, list[float]] = {key: [] for key in runs}
     for turn in range(WARM_UP + LATENCY_RUNS):

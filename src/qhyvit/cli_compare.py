@@ -21,6 +21,7 @@ EXAMPLES = (
     "Examples:\n\n`qhyvit compare --limit 200`: the demo net, four methods, three widths, three seeds\n\n"
     "`qhyvit compare mobilevit_xxs --weights net.safetensors --calib train.zip --data val.zip --methods all --jobs 4`"
     "\n\n`qhyvit compare --methods mse,qhyvit:variant=paper --stress none,ranges:30 --bits w8a8`: on a harder twin too"
+    "\n\n`qhyvit compare --peers --bits w8a8`: beside ONNX Runtime's and NNCF's own quantizers"
     "\n\n`qhyvit compare --ablation --bits w4a4`: what each step of Q-HyViT brings"
 )
 
@@ -37,6 +38,9 @@ def compare(
     seeds: Annotated[int, typer.Option(help="Draws of calibration pictures.", min=1)] = 3,
     stress: Annotated[str, typer.Option(help="Twins to take: none,ranges:30,shift,both:30.")] = "none",
     ablation: Annotated[bool, typer.Option("--ablation", help="The steps of Q-HyViT, on target simulate.")] = False,
+    peers: Annotated[
+        bool, typer.Option("--peers", help="ONNX Runtime's and NNCF's quantizers too; needs qhyvit[peers].")
+    ] = False,
     calib: Annotated[str | None, typer.Option(help="Calibration pictures; labels are not needed.")] = None,
     calib_size: Annotated[int | None, typer.Option(help="Calibration pictures of each draw [128].", min=1)] = None,
     data: Annotated[str | None, typer.Option(help="Evaluation pictures: folder, zip, npz, flowers or photos.")] = None,
@@ -69,6 +73,7 @@ def compare(
             seeds=seeds,
             stress=_split(stress),
             ablate=ablation,
+            peers=peers,
             calib=calib,
             data=data,
             limit=limit,

@@ -14,6 +14,7 @@ import torch
 from qhyvit import __version__
 from qhyvit._tensors import pack
 from qhyvit.comparison.grid import Cell
+from qhyvit.comparison.peers import PEERS
 from qhyvit.comparison.table import Outcome, write
 from qhyvit.data.dataset import Dataset
 from qhyvit.graph.serialise import to_json
@@ -60,7 +61,7 @@ class Store:
 def decisive(
     cell: Cell, model: dict[str, Any], calibration: dict[str, Any], evaluation: dict[str, Any]
 ) -> dict[str, Any]:
-    """All that decides a cell, JSON-able: net, twin, recipe, pictures, versions."""
+    """All that decides a cell, JSON-able: net, twin, recipe, peer, pictures, versions."""
     return {
         "format": FORMAT,
         "qhyvit": __version__,
@@ -69,6 +70,7 @@ def decisive(
         "model": model,
         "stress": cell.stress,
         "recipe": cell.recipe.to_yaml(),
+        "peer": None if cell.peer is None else [cell.peer, PEERS[cell.peer].versions()],
         "calibration": calibration,
         "evaluation": evaluation,
     }

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from qhyvit import _yaml
+from qhyvit.comparison.peers import PEERS
 from qhyvit.errors import RecipeError
 from qhyvit.methods import METHODS
 from qhyvit.models.stress import Stress
@@ -25,7 +26,7 @@ class Variant:
 
     Attributes:
         label: its name in the table.
-        method: its name in the registry.
+        method: its name in the registry of methods, or of peers (`comparison.peers`).
         options: its own options, the recipe's `options`.
         changes: further recipe keys, for instance `weights={"scheme": "symmetric"}`.
     """
@@ -35,16 +36,22 @@ class Variant:
     options: Mapping[str, Any] = field(default_factory=dict)
     changes: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def peer(self) -> str | None:
+        """The method's name if it is a peer's, another quantizer's; else None."""
+        return self.method if self.method in PEERS else None
+
     @classmethod
     def parse(cls, text: str) -> Variant:
-        """Read "mse" or "qhyvit:variant=paper:bridges=false"; values are YAML.
+        """Read "mse", "qhyvit:variant=paper:bridges=false" or a peer's name; values are YAML.
 
         Raises:
             QhyvitError: if no method is called so.
             RecipeError: if an option is not KEY=VALUE.
         """
         method, *given = text.strip().split(":")
-        METHODS[method]
+        if method not in PEERS:
+            METHODS[method]
         options = {}
         for part in given:
             key, equals, value = part.partition("=")
@@ -83,7 +90,9 @@ class Cell:
         model: label of the net.
         stress: "none", or what was done to the net, as in `load_model`.
         scope, bits, method, seed: what it is called in the table.
-        recipe: what is run; it decides alone, the names above only sort.
+        recipe: what is run; it decides alone, the names above only sort. A peer's holds what reaches the peer and
+            else the defaults: bits, seed, calibration, saturation.
+        peer: name of the other quantizer that runs it; None: qhyvit does.
     """
 
     model: str
@@ -93,6 +102,7 @@ class Cell:
     method: str
     seed: int
     recipe: Recipe
+    peer: str | None = None
 
     @property
     def row(self) -> tuple[str, str, str, str, str]:
@@ -126,7 +136,7 @@ def cells(
         recipe: holds for all else; its `options` are left out, each method has its own.
 
     Raises:
-        QhyvitError: on an unknown target, a recipe that does not validate, an empty list.
+        QhyvitError: on an unknown target, a recipe that does not validate, an empty list, a peer that is not installed.
     """
     lists = {"model": models, "method": variants, "bits": bits, "scope": scopes, "seed": seeds, "stress": stress}
     for name, given in lists.items():
@@ -135,16 +145,25 @@ def cells(
     twins = [UNSTRESSED if s == UNSTRESSED else str(Stress.parse(s)) for s in stress]
     plain = recipe.model_copy(update={"options": {}})
     labelled = {variant.label: variant for variant in variants}
+    for variant in variants:
+        if variant.peer is not None:
+            if variant.options or variant.changes:
+                raise RecipeError(f"Method {variant.label!r}: {variant.peer} is another quantizer and has no options.")
+            PEERS[variant.peer].check()
     names = itertools.product(*(dict.fromkeys(axis) for axis in (models, twins, scopes, bits, labelled)))
     found = []
     for (model, twin, scope, width, label), seed in itertools.product(names, dict.fromkeys(seeds)):
         variant = labelled[label]
-        asked = plain.updated(
-            **{**variant.changes, "method": variant.method, "options": dict(variant.options)},
-            bits=width,
-            scope=scope,
-            seed=seed,
-        )
-        asked = TARGETS[asked.target].prepare(asked)
-        found.append(Cell(model, twin, scope, width, label, seed, asked))
+        asked = _recipe(variant, plain, bits=width, scope=scope, seed=seed)
+        found.append(Cell(model, twin, scope, width, label, seed, asked, variant.peer))
     return found
+
+
+def _recipe(variant: Variant, plain: Recipe, *, bits: str, scope: str, seed: int) -> Recipe:
+    """What a cell runs, complete for the machine at hand."""
+    if variant.peer is not None:  # scope, target and the like do not reach it: its cells differ by nothing else
+        asked = Recipe().updated(bits=bits, seed=seed, calibration=plain.calibration, saturation=plain.saturation)
+    else:
+        changes = {**variant.changes, "method": variant.method, "options": dict(variant.options)}
+        asked = plain.updated(**changes, bits=bits, scope=scope, seed=seed)
+    return TARGETS[asked.target].prepare(asked)

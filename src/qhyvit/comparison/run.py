@@ -13,6 +13,8 @@ from torch import nn
 
 from qhyvit.comparison.cache import Store, checksum, data_facts, decisive, model_facts
 from qhyvit.comparison.grid import Cell, Variant, ablation, cells
+from qhyvit.comparison.peers import BITS as PEERS_BITS
+from qhyvit.comparison.peers import PEERS
 from qhyvit.comparison.subjects import Shared, calibration_data, captured, evaluation_data, read_subject
 from qhyvit.comparison.table import Comparison, Outcome
 from qhyvit.comparison.worker import Job, run_job, torch_threads
@@ -37,6 +39,7 @@ def compare(
     seeds: int | Sequence[int] = SEEDS,
     stress: Sequence[str] = ("none",),
     ablate: bool = False,
+    peers: bool = False,
     calib: str | Path | Dataset | None = None,
     data: str | Path | Dataset | None = None,
     limit: int | None = None,
@@ -59,12 +62,13 @@ def compare(
     Args:
         models: as for `quantize`, one or several.
         methods: names, with options as in "qhyvit:variant=paper", or `Variant`s; "all". Default: minmax, percentile,
-            mse, qhyvit; none beside the ablation.
+            mse, qhyvit; none beside the ablation. Also names of peers (`comparison.peers`): "ort-quantize-static".
         bits: recipe key.
         scopes: recipe key `scope`.
         seeds: how many (0, 1, …), or which.
         stress: "none" and twins as in `load_model`: "ranges:30".
         ablate: add the steps of Q-HyViT (`ablation`).
+        peers: add all peers: other quantizers, at w8a8, each scored as its own runtime runs it.
         calib: calibration pictures, as for `quantize`.
         data: evaluation pictures, as for `evaluate`.
         limit: score so many pictures, drawn with a fixed seed.
@@ -83,7 +87,8 @@ def compare(
         The cells and their outcomes; `.rows`, `.to_markdown()`, `.save(folder)`.
 
     Raises:
-        QhyvitError: on a wrong name or option, a net or pictures that cannot be loaded, or if every cell failed.
+        QhyvitError: on a wrong name or option, a peer that is not installed, a net or pictures that cannot be loaded,
+            or if every cell that was run failed.
     """
     base = (recipe if isinstance(recipe, Recipe) else Recipe.from_yaml(recipe) if recipe else Recipe()).updated(
         **changes
@@ -95,7 +100,7 @@ def compare(
     labels = _labels(named)
     grid = cells(
         labels,
-        _variants(methods, ablate),
+        _variants(methods, ablate, peers),
         bits=bits,
         scopes=scopes,
         seeds=range(seeds) if isinstance(seeds, int) else seeds,
@@ -106,11 +111,10 @@ def compare(
     with TemporaryDirectory(prefix="qhyvit-compare-") as scratch, torch_threads(threads):
         store = Store(Path(cache).expanduser() if cache is not None else Path(scratch) / "cells")
         plan = _Plan(grid, loaded, calib, data, limit, store)
-        reused = len(plan.outcomes)
         waiting = [cell for cell in grid if cell not in plan.outcomes]
         try:
             with task("Comparing", len(grid)) as advance, hidden():
-                advance(reused)
+                advance(len(plan.outcomes))
                 for cell, outcome in _run(plan, waiting, Shared(Path(scratch)), jobs, threads, backend):
                     plan.outcomes[cell] = outcome
                     advance(1)
@@ -118,18 +122,19 @@ def compare(
                         on_cell(cell, outcome)
         finally:
             read_subject.cache_clear()  # it holds files of the scratch folder open
-    result = Comparison({cell: plan.outcomes[cell] for cell in grid}, plan.facts, reused)
-    if len(result.failed) == len(grid):
+    result = Comparison({cell: plan.outcomes[cell] for cell in grid}, plan.facts, plan.reused)
+    if result.failed and not any(outcome.scored for outcome in result.outcomes.values()):
         cell, sentence = next(iter(result.failed.items()))
         raise QhyvitError(f"Every cell failed; the first, {cell}: {sentence}")
     return result
 
 
-def _variants(methods: Sequence[str | Variant] | str | None, ablate: bool) -> list[Variant]:
+def _variants(methods: Sequence[str | Variant] | str | None, ablate: bool, peers: bool) -> list[Variant]:
     if methods is None:
         methods = () if ablate else METHODS_COMPARED
     given = [methods] if isinstance(methods, str) else list(methods)
     named = [name for m in given for name in (list(METHODS) if m == "all" else [m])]
+    named += list(PEERS) if peers else []
     return [*(ablation() if ablate else ()), *(m if isinstance(m, Variant) else Variant.parse(m) for m in named)]
 
 
@@ -191,7 +196,7 @@ class _Plan:
         limit: int | None,
         store: Store,
     ) -> None:
-        self.store, self.limit = store, limit
+        self.store, self.limit, self.reused = store, limit, 0
         self.loaded: dict[str, LoadedModel] = {}
         self.evaluation: dict[str, tuple[Dataset, bool]] = {}
         self.calibration: dict[str, Dataset] = {}
@@ -215,35 +220,45 @@ class _Plan:
             if cell.model in broken:
                 self.outcomes[cell] = broken[cell.model]
                 continue
+            if cell.peer is not None and cell.recipe.bits != PEERS_BITS:
+                self.outcomes[cell] = Outcome(skipped="peers only know 8 bits.")
+                continue
             self.decides[cell] = decisive(cell, models[cell.model], drawn[cell.model], scored[cell.model])
             found = store.get(checksum(self.decides[cell]))
             if found is not None:
                 self.outcomes[cell] = found
+                self.reused += 1
         self.facts = self._facts(grid)
 
     def _facts(self, grid: Sequence[Cell]) -> dict[str, str]:
         scored = dict.fromkeys(f"{min(self.limit or len(d), len(d))} of {d.name}" for d, _ in self.evaluation.values())
-        size, targets = grid[0].recipe.calibration.size, dict.fromkeys(cell.recipe.target for cell in grid)
+        size = grid[0].recipe.calibration.size
         drawn = dict.fromkeys(f"{min(size, len(d))} of {d.name}" for d in self.calibration.values())
-        return {"evaluation": ", ".join(scored), "calibration": ", ".join(drawn), "target": ", ".join(targets)}
+        targets = dict.fromkeys(cell.recipe.target for cell in grid if cell.peer is None)
+        facts = {"evaluation": scored, "calibration": drawn, "target": targets}
+        return {key: ", ".join(values) for key, values in facts.items() if values}
 
 
 def _run(
     plan: _Plan, waiting: Sequence[Cell], shared: Shared, jobs: int, threads: int, backend: str
 ) -> Iterator[tuple[Cell, Outcome]]:
-    """Each cell with its outcome, in the order in which they end."""
-    ready = []
-    for number, cell in enumerate(waiting):
+    """Each cell with its outcome, in the order in which they end; cells that the same things decide are one job."""
+    same: dict[str, list[Cell]] = {}
+    for cell in waiting:
+        same.setdefault(checksum(plan.decides[cell]), []).append(cell)
+    groups, ready = list(same.values()), []
+    for number, group in enumerate(groups):
+        cell = group[0]
         model = plan.loaded[cell.model]
         try:
             pictures = shared.evaluation(model, *plan.evaluation[cell.model], plan.limit)
             subject = shared.subject(cell.model, model, cell.stress, pictures)
             calibration = shared.calibration(model, plan.calibration[cell.model], cell.recipe)
         except QhyvitError as error:
-            yield cell, Outcome(error=str(error))
+            yield from ((cell, Outcome(error=str(error))) for cell in group)
             continue
         decides = plan.decides[cell]
-        ready.append(Job(number, cell.recipe, subject, calibration, plan.store.folder, decides, threads))
+        ready.append(Job(number, cell.recipe, subject, calibration, plan.store.folder, decides, threads, cell.peer))
     with parallel_config(backend=backend, n_jobs=jobs):
         for number, outcome in Parallel(return_as="generator_unordered")(delayed(run_job)(job) for job in ready):
-            yield waiting[number], outcome
+            yield from ((cell, outcome) for cell in groups[number])

@@ -34,6 +34,7 @@ class Outcome:
         pictures: scored.
         notes: the method's, for instance what it fell back to.
         error: the sentence of the `QhyvitError` that it failed with.
+        skipped: why it was not run, though nothing is wrong with it.
     """
 
     float_top1: float | None = None
@@ -44,6 +45,12 @@ class Outcome:
     pictures: int = 0
     notes: tuple[str, ...] = ()
     error: str | None = None
+    skipped: str | None = None
+
+    @property
+    def scored(self) -> bool:
+        """Whether it was run and went well."""
+        return self.error is None and self.skipped is None
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,7 @@ class Row:
         float_top1: of the float net.
         mean: of each of `NUMBERS` over the cells that went well; None where there is none.
         std: sample standard deviation likewise (n - 1 in the denominator); None for fewer than two values.
-        notes: of the first cell that went well, then the errors of those that failed, each once.
+        notes: of the first cell that went well, then why others were not run or failed, each once.
     """
 
     axes: Mapping[str, str]
@@ -74,9 +81,10 @@ class Row:
 
 
 def _row(axes: tuple[str, ...], outcomes: list[Outcome]) -> Row:
-    good = [o for o in outcomes if o.error is None]
+    good = [o for o in outcomes if o.scored]
     values = {name: [v for o in good if (v := getattr(o, name)) is not None] for name in NUMBERS}
-    notes = [*(good[0].notes if good else ()), *(f"failed: {o.error}" for o in outcomes if o.error is not None)]
+    notes = [*(good[0].notes if good else ()), *(f"not run: {o.skipped}" for o in outcomes if o.skipped is not None)]
+    notes += [f"failed: {o.error}" for o in outcomes if o.error is not None]
     return Row(
         dict(zip(AXES, axes, strict=True)),
         len(good),

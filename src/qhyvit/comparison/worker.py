@@ -10,12 +10,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
 import torch
+from torch import fx
 
 from qhyvit.comparison.cache import Store, checksum
-from qhyvit.comparison.subjects import BATCH, read_pictures, read_subject
+from qhyvit.comparison.peers import PEERS, Run
+from qhyvit.comparison.subjects import BATCH, Subject, read_pictures, read_subject
 from qhyvit.comparison.table import Outcome
 from qhyvit.errors import QhyvitError
 from qhyvit.evaluation import Tally, runner
@@ -35,7 +38,8 @@ class Job:
         calibration: folder of the pictures.
         cells: folder of finished cells.
         decides: as `cache.decisive` gave it.
-        threads: of torch.
+        threads: of torch, and of the runtime of a peer's file.
+        peer: name of the other quantizer to run, or None.
     """
 
     number: int
@@ -45,6 +49,7 @@ class Job:
     cells: Path
     decides: dict[str, Any]
     threads: int
+    peer: str | None = None
 
 
 def run_job(job: Job) -> tuple[int, Outcome]:
@@ -66,17 +71,48 @@ def _leave_ctrl_c_to_the_parent() -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _score(job: Job) -> Outcome:
-    subject = read_subject(job.subject)
+class _Made(NamedTuple):
+    """A quantized net, the seconds that it took, and what the table says of it."""
+
+    run: Run
+    seconds: float
+    notes: tuple[str, ...]
+
+
+def _by_method(job: Job, subject: Subject) -> _Made:
     started = time.perf_counter()
     quantized = quantize(subject.model, calib=read_pictures(job.calibration), recipe=job.recipe)
     seconds = time.perf_counter() - started
-    run, tally, reference = runner(quantized.simulation()), Tally(), Tally()
+    return _Made(runner(quantized.simulation()), seconds, tuple(quantized.parameters.notes))
+
+
+def _by_peer(job: Job, subject: Subject, name: str, scratch: Path) -> _Made:
+    graph, pictures = subject.model.module, read_pictures(job.calibration).numpy()
+    assert isinstance(graph, fx.GraphModule)  # as `subjects` wrote it
+    peer = PEERS[name]
+    run = peer.prepare(graph, pictures, scratch, job.recipe.saturation)
+    started = time.perf_counter()
+    written = run()
+    seconds = time.perf_counter() - started
+    return _Made(peer.open(written.file, job.threads), seconds, (written.note,))
+
+
+def _score(job: Job) -> Outcome:
+    subject = read_subject(job.subject)
+    if job.peer is None:
+        return _scored(_by_method(job, subject), subject)
+    # OpenVINO may still hold its file in the end, and Windows deletes none that is held
+    with TemporaryDirectory(prefix="qhyvit-peer-", ignore_cleanup_errors=True) as scratch:
+        return _scored(_by_peer(job, subject, job.peer, Path(scratch)), subject)
+
+
+def _scored(made: _Made, subject: Subject) -> Outcome:
+    tally, reference = Tally(), Tally()
     with torch.no_grad():
         for start in range(0, len(subject.images), BATCH):
             part = slice(start, start + BATCH)
             labels = None if subject.labels is None else subject.labels[part]
-            tally.update(run(subject.images[part]), labels, subject.logits[part])
+            tally.update(made.run(subject.images[part]), labels, subject.logits[part])
             reference.update(subject.logits[part], labels)
     scores = tally.scores()
     return Outcome(
@@ -84,9 +120,9 @@ def _score(job: Job) -> Outcome:
         scores.top1,
         scores.agreement,
         scores.sqnr_db,
-        seconds,
+        made.seconds,
         scores.pictures,
-        tuple(quantized.parameters.notes),
+        made.notes,
     )
 
 
