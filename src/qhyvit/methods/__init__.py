@@ -3,6 +3,7 @@
 from qhyvit.methods import (
     adalog,
     adaround,
+    best,
     brecq,
     easyquant,
     erq,
@@ -27,6 +28,7 @@ METHODS.register("percentile")(Method(ranges.percentile))
 METHODS.register("mse")(Method(ranges.mse))
 METHODS.register("kl")(Method(ranges.kl))
 METHODS.register("qhyvit")(Method(qhyvit.qhyvit))
+METHODS.register("best")(Method(best.best))
 METHODS.register("easyquant")(Method(easyquant.easyquant))
 METHODS.register("ptq4vit")(Method(ptq4vit.ptq4vit, formats=("twin-uniform",)))
 METHODS.register("fqvit")(Method(fqvit.fqvit, formats=("log2", "power-of-two"), operators=FULLY_INTEGER))
