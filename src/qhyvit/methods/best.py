@@ -1,4 +1,4 @@
-"""The methods' parts put together: the preset for the least loss."""
+"""The methods' parts put together, for little loss whatever the net."""
 
 from __future__ import annotations
 
