@@ -92,7 +92,7 @@ def test_what_is_reported_of_the_last_unit_is_what_the_net_computes() -> None:
 def first_transformer(case: Problem) -> tuple[Parameters, TunedUnit, list[Batch]]:
     """The first unit with a norm and several layers, and what it is learned from."""
     parameters = set_ranges(case, "mse")
-    prefix = Prefix(case, parameters, first_batches(case, 8, 4))
+    prefix = Prefix(case, parameters, first_batches(case.pictures(), 8, 4))
     nodes = {n.name: n for n in prefix.nodes}
     for unit in find_units(case.graph):
         if len(unit.layers) > 1 and any(is_call(nodes[n], NORMS) for n in unit.nodes):

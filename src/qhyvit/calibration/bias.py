@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from qhyvit.graph.ops import channel_axis, only_activation
 from qhyvit.progress import task
 from qhyvit.quantized import QuantizedModel
-from qhyvit.search.prefix import Prefix
+from qhyvit.search.prefix import Prefix, first_batches
 
 PICTURES = 64  # walked through the net together, so that each layer sees its predecessors corrected
 SAMPLED = 1 << 14  # numbers per channel that a shift before an activation function is fitted to
@@ -33,7 +33,7 @@ def correct_biases(model: QuantizedModel, batches: Iterable[Tensor]) -> None:
     parameters, sites = model.parameters, {s.node for s in model.sites.weights}
     for name in sites:  # the walk starts from the float biases
         parameters.biases.pop(name, None)
-    prefix = Prefix(model, parameters, _first(batches, PICTURES))
+    prefix = Prefix(model, parameters, first_batches(batches, PICTURES))
     with torch.no_grad(), task("Correcting biases", len(sites)) as advance:
         for node in prefix.nodes:
             prefix.advance([node])
@@ -81,12 +81,3 @@ def behind(activation: Callable[[Tensor], Tensor], clean: Tensor, noisy: Tensor)
         shift = shift + step
     after = (activation(noisy + shift) - target).square().mean(1, keepdim=True)
     return torch.where(after < before, shift, 0.0).squeeze(1)
-
-
-def _first(batches: Iterable[Tensor], count: int) -> list[Tensor]:
-    found: list[Tensor] = []
-    for images in batches:
-        found.append(images[: count - sum(map(len, found))])
-        if sum(map(len, found)) >= count:
-            break
-    return found

@@ -94,7 +94,7 @@ def compensate(problem: Problem, parameters: Parameters, options: Options) -> No
         parameters: scales and zero points; changed in place.
         options: the method's.
     """
-    prefix = Prefix(problem, parameters, first_batches(problem, options.pictures))
+    prefix = Prefix(problem, parameters, first_batches(problem.pictures(), options.pictures))
     sites = {s.node: s for s in problem.sites.weights}
     report, left = [], 0
     with torch.no_grad(), task("Compensating", len(sites)) as advance:

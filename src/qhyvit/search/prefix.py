@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -16,9 +16,6 @@ from torch import Tensor, fx
 from qhyvit.graph.ops import constant
 from qhyvit.graph.sites import Sites
 from qhyvit.quantized import Parameters
-
-if TYPE_CHECKING:  # methods import this module
-    from qhyvit.methods.base import Problem
 
 
 class Net(Protocol):
@@ -126,10 +123,10 @@ class Prefix:
         return {n.name: values[n.name][batch] for n in node.all_input_nodes if n.op != "get_attr"}
 
 
-def first_batches(problem: Problem, count: int, size: int | None = None) -> list[Tensor]:
-    """The first `count` calibration pictures, fewer if there are not so many, in the stream's batches or of `size`."""
+def first_batches(stream: Iterable[Tensor], count: int, size: int | None = None) -> list[Tensor]:
+    """The first `count` pictures (n, 3, H, W) of a stream, fewer if it has not so many, in its batches or of `size`."""
     found: list[Tensor] = []
-    for images in problem.pictures():
+    for images in stream:
         found.append(images[: count - sum(map(len, found))])
         if sum(map(len, found)) >= count:
             break

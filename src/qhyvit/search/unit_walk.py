@@ -85,7 +85,7 @@ def walk_units(
     Returns:
         One JSON-able entry per unit with layers: its modules, and both errors.
     """
-    prefix = Prefix(problem, parameters, first_batches(problem, pictures, batch))
+    prefix = Prefix(problem, parameters, first_batches(problem.pictures(), pictures, batch))
     nodes = {n.name: n for n in prefix.nodes}
     sites = {s.node: s.module for s in problem.sites.weights}
     found: list[dict[str, Any]] = []
