@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from qhyvit.methods.base import Problem
+from qhyvit.methods.erq import Base, compensate, on_base
 from qhyvit.methods.erq import Options as Compensation
-from qhyvit.methods.erq import compensate, on_base
 from qhyvit.methods.options import read_options
 from qhyvit.quantized import Parameters
 
@@ -20,7 +19,7 @@ class Options:
         base: method that sets scales and zero points, with its own defaults.
     """
 
-    base: Literal["qhyvit", "mse", "repqvit"] = "qhyvit"
+    base: Base = "qhyvit"
 
 
 def best(problem: Problem) -> Parameters:
