@@ -9,20 +9,20 @@ from torch import Tensor
 from qhyvit.calibration.samples import LayerSample, ProductSample
 from qhyvit.quantizers.uniform import uniform_from_range
 from qhyvit.search.candidates import Candidates
-from qhyvit.search.errors import LayerError, WeightError, product_errors
+from qhyvit.search.errors import InputError, LayerError, WeightError, product_errors
 
 
-def case(groups: int, weighting: str, *, centred: bool = False) -> tuple[LayerError, Tensor, Tensor]:
-    """A grouped layer with 4 inputs, 6 outputs and 3 taps a group; its weight (C_out, K) and weights of the errors."""
+def case(groups: int, weighting: str, *, centred: bool = False, taps: int = 3) -> tuple[LayerError, Tensor, Tensor]:
+    """A grouped layer with 4 inputs and 6 outputs a group; its weight (C_out, K) and weights of the errors."""
     gen = torch.Generator().manual_seed(groups)
-    m, k, o = 50, 12, 6
+    m, k, o = 50, 4 * taps, 6
     x, weight = torch.randn(m, groups, k, generator=gen), torch.randn(groups * o, k, generator=gen)
     bias = torch.randn(groups * o, generator=gen)
     y = torch.einsum("mgk,gok->mgo", x, weight.view(groups, o, k)) + bias.view(groups, o)
     importance = torch.rand(m, 1, 1, generator=gen).expand(m, groups, o)
     if weighting == "g":
         importance = torch.rand(m, groups, o, generator=gen)
-    channel_of = torch.arange(groups * k).div(3, rounding_mode="floor").view(groups, k)
+    channel_of = torch.arange(groups * k).div(taps, rounding_mode="floor").view(groups, k)
     return LayerError(LayerSample(x, y, importance), weight, bias, channel_of, centred=centred), weight, importance
 
 
@@ -64,21 +64,26 @@ def test_with_gradients_the_layer_is_run() -> None:
 
 
 @pytest.mark.parametrize("per_channel", [False, True])
-def test_input_candidates_one_by_one_give_the_same(per_channel: bool) -> None:
-    error, weight, importance = case(2, "g", centred=True)
+@pytest.mark.parametrize("weighting", ["positions", "g"])
+@pytest.mark.parametrize("taps", [3, 1])  # 12 inputs for 6 outputs, and 4, which are rotated
+@pytest.mark.parametrize("centred", [False, True])
+def test_input_candidates_one_by_one_give_the_same(centred: bool, taps: int, weighting: str, per_channel: bool) -> None:
+    error, weight, importance = case(2, weighting, centred=centred, taps=taps)
+    weight = weight + 0.1 * torch.randn(weight.shape)  # a quantized one: no combination of inputs gives the targets
     channels = 8 if per_channel else 1
     low, high = -torch.rand(4, channels) * 2, torch.rand(4, channels) * 2
-    found = error.inputs(
-        Candidates.from_ranges(low, high, bits=3, signed=False, scheme="asymmetric"), error.grouped(weight)
-    )
+    candidates = Candidates.from_ranges(low, high, bits=3, signed=False, scheme="asymmetric")
+    total, each = (InputError(error, error.grouped(weight), each=e)(candidates) for e in (False, True))
     for i in range(4):
         x = error.x.clone()
         for g in range(2):
-            for k in range(12):
-                c = g * 4 + k // 3 if per_channel else 0
+            for k in range(4 * taps):
+                c = g * 4 + k // taps if per_channel else 0
                 q = uniform_from_range(low[i, c], high[i, c], bits=3, scheme="asymmetric", signed=False)
                 x[g, :, k] = q(x[g, :, k])
-        torch.testing.assert_close(found[i], written_out(error, x, weight, importance), rtol=1e-3, atol=1e-3)
+        expected = written_out(error, x, weight, importance)
+        torch.testing.assert_close(each[i], expected, rtol=1e-3, atol=1e-3)
+        assert float(total[i]) == pytest.approx(float(expected.sum()), rel=1e-4)
 
 
 def test_products_by_head() -> None:

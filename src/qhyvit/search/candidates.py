@@ -35,13 +35,24 @@ class Candidates:
             x: the values.
             channels: the channel of each value, broadcasting with `x`, int64; None for per-tensor candidates.
         """
-        scale, zero_point = self.scale, self.zero_point
-        if scale.shape[1] == 1 or channels is None:
+        scale, zero_point = self._along(x, channels)
+        return fake_quantize(x[None], scale, zero_point, *code_range(self.bits, self.signed))
+
+    def steps(self, x: Tensor, channels: Tensor | None = None) -> Tensor:
+        """Codes without zero point, as floats, of a batch of one: its values of x (…) in units of its scales."""
+        least, most = code_range(self.bits, self.signed)
+        if self.scale.shape[1] == 1:  # numbers: several times faster than tensors of one element
+            scale, zero = self.scale.item(), self.zero_point.item()
+            return x.div(scale).round_().clamp_(least - zero, most - zero)
+        (scales,), (zeros,) = self._along(x, channels)
+        return x.div(scales).round_().clamp_(least - zeros, most - zeros)
+
+    def _along(self, x: Tensor, channels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Scales and zero points that broadcast with (B, *x.shape)."""
+        if self.scale.shape[1] == 1 or channels is None:
             spread = (-1, *[1] * x.ndim)
-            scale, zero_point = scale.view(spread), zero_point.view(spread)
-        else:
-            scale, zero_point = scale[:, channels], zero_point[:, channels]
-        return fake_quantize(x[None], scale.to(x), zero_point.to(x), *code_range(self.bits, self.signed))
+            return self.scale.view(spread).to(x), self.zero_point.view(spread).to(x)
+        return self.scale[:, channels].to(x), self.zero_point[:, channels].to(x)
 
     def split(self, size: int) -> list[Candidates]:
         """In pieces of at most `size` candidates."""

@@ -67,14 +67,19 @@ class LayerError:
         """Values per input channel (C_in,) at every row of the grouped weight, (G, K, 1)."""
         return channels[self.channel_of].unsqueeze(-1)
 
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Inputs (…, G, M, K) times weights (G, K, O): (…, G, M, O)."""
+        if self.outputs < 4:  # depthwise: quick with the positions along the long side
+            rows = weight.transpose(1, 2).expand(*x.shape[:-2], -1, -1).reshape(-1, self.outputs, self.k)
+            out = torch.bmm(rows, x.flatten(0, -3).transpose(1, 2))
+            return out.view(*x.shape[:-2], self.outputs, -1).transpose(-1, -2)
+        if x.ndim == 4 and self.groups == 1:
+            return (x.flatten(0, 2) @ weight[0]).view(*x.shape[:-1], -1)
+        return x @ weight
+
     def residual(self, x: Tensor, weight: Tensor, rest: Tensor | None = None) -> Tensor:
         """Output minus target of inputs (…, G, M, K) with weights (G, K, O), `rest` (G, 1, O) added: (…, G, M, O)."""
-        if self.k * self.outputs <= 32:  # depthwise: too small for a product of matrices
-            out = (x.unsqueeze(-1) * weight.unsqueeze(1)).sum(-2)
-        elif x.ndim == 4 and self.groups == 1:
-            out = (x.flatten(0, 2) @ weight[0]).view(*x.shape[:-1], -1)
-        else:
-            out = x @ weight
+        out = self.product(x, weight)
         if rest is not None:
             out += rest
         return out.sub_(self.target)
@@ -86,11 +91,6 @@ class LayerError:
         if self.centred:
             error -= (e * self.importance).sum(-2).square() / self.total
         return error.flatten(-2)
-
-    def inputs(self, candidates: Candidates, weight: Tensor) -> Tensor:
-        """Errors (B, C_out) of candidates for the input with weights (G, K, O)."""
-        cells = self.groups * self.positions * max(self.k, self.outputs)
-        return in_chunks(cells, lambda c: self(self.coded(c), weight), candidates)
 
     def shift(self, x: Tensor, weight: Tensor) -> Tensor:
         """The weighted mean error of each output channel, (C_out,): what its bias has to lose."""
@@ -142,6 +142,68 @@ class WeightError:
         d = self._coded(candidates).sub_(self.rows)
         product = torch.einsum("bgok,gkl->bgol", d, self._gram).add_(self._cross, alpha=2)
         return ((product * d).sum(-1) + self._rest).flatten(1)
+
+
+class InputError:
+    """Errors of candidates for the input of a layer, its weight fixed.
+
+    Where positions weigh alike for all outputs, only the sum over the outputs is asked for, and it does not change when
+    the outputs are rotated: with W = L Qᵀ, Q orthonormal, ‖x W - y‖² = ‖x L - y Q‖² + ‖y - y Q Qᵀ‖². A layer with more
+    outputs than inputs thus costs as much as a square one. With gradients, or where each channel's own error is wanted
+    (depthwise), the layer is run.
+
+    Args:
+        layer: the layer's error.
+        weight: (quantized), (G, K, O).
+        each: give the errors of all output channels.
+    """
+
+    def __init__(self, layer: LayerError, weight: Tensor, *, each: bool = False) -> None:
+        self.layer, self.weight, self.target, self.each = layer, weight, layer.target, each
+        self.run = each or not layer.uniform
+        self.rest = 0.0
+        if self.run:
+            return
+        self._positions = layer.importance[:, :, 0]  # (G, M)
+        if layer.outputs > layer.k:
+            q, r = torch.linalg.qr(weight.transpose(1, 2))
+            self.weight, self.target = r.transpose(1, 2).contiguous(), layer.target @ q
+            self.rest = float(self._total(torch.baddbmm(layer.target, self.target, q.transpose(1, 2), alpha=-1)))
+        self._rows = layer.channel_of[:, None, :]
+
+    def __call__(self, candidates: Candidates) -> Tensor:
+        """Errors (B, C_out) with `each`, else (B, 1)."""
+        layer = self.layer
+        if self.run:
+            cells = layer.groups * layer.positions * max(layer.k, layer.outputs)
+            found = in_chunks(cells, lambda c: layer(layer.coded(c), self.weight), candidates)
+            return found if self.each else found.sum(1, keepdim=True)
+        return self._rotated(candidates)
+
+    def _rotated(self, candidates: Candidates) -> Tensor:
+        """Errors (B, 1) of some candidates."""
+        whole = candidates.scale.shape[1] == 1  # one scale for all inputs is left to the product
+        found = []
+        for one in candidates.split(1):
+            steps = one.steps(self.layer.x, self._rows)
+            x = steps if whole else steps.mul_(one.scale[0, self._rows])
+            found.append(self._total(self._error(x, one.scale.item() if whole else 1.0)))
+        return torch.stack(found).view(-1, 1) + self.rest
+
+    def _error(self, x: Tensor, scale: float) -> Tensor:
+        """Output minus target (G, M, O) of inputs (G, M, K) times `scale`."""
+        if self.layer.outputs < 4:
+            return self.layer.product(x, self.weight).mul_(scale).sub_(self.target)
+        return torch.baddbmm(self.target, x, self.weight, beta=-1, alpha=scale)
+
+    def _total(self, e: Tensor) -> Tensor:
+        """Σ w e², over the outputs too, of errors (G, M, O)."""
+        w = self._positions
+        total: Tensor = (torch.linalg.vector_norm(e, dim=-1).square() * w).sum()
+        if self.layer.centred:
+            mean = torch.bmm(w[:, None], e).squeeze(1)  # (G, O)
+            total = total - (mean.square().sum(1) / w.sum(1)).sum()
+        return total
 
 
 def product_error(sample: ProductSample, a: Tensor, b: Tensor) -> Tensor:

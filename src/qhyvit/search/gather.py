@@ -16,7 +16,7 @@ from qhyvit.calibration.samples import (
     sample_product,
     sample_value,
 )
-from qhyvit.graph.ops import LINEAR, MATMUL, is_call, shape
+from qhyvit.graph.ops import LINEAR, MATMUL, argument, is_call, shape, weight_of
 from qhyvit.graph.sites import source_site
 from qhyvit.methods.base import Problem
 from qhyvit.methods.ranges import set_ranges
@@ -27,6 +27,7 @@ BATCH = 4  # pictures at a time: all inner gradients of a batch are held at once
 SLICES = 32  # heads × pictures kept of a product of activations
 ROWS = 64
 VALUES = 32768
+GROUPED = 1 << 19  # inputs kept of a convolution with groups, each of which is a small layer that few positions tell of
 
 
 class Gradients:
@@ -121,7 +122,8 @@ def _sample(
             parts.setdefault(f"value:{node.name}", []).append(found)
         if node.name in layers:
             x = seen[_name(node.args[0])]
-            layer = sample_layer(graph, node, x, value, gradient, math.ceil(positions * share), generator)
+            count = math.ceil(min(positions, _enough(graph, node)) * share)
+            layer = sample_layer(graph, node, x, value, gradient, count, generator)
             parts.setdefault(node.name, []).append(layer)
         if node.name in products:
             a, b = (seen[_name(arg)] for arg in node.args[:2])
@@ -130,6 +132,12 @@ def _sample(
 
     with torch.no_grad():
         Watcher(graph, {*layers, *products, *values, *operands}, watch).run(images)
+
+
+def _enough(graph: fx.GraphModule, node: fx.Node) -> int:
+    """How many positions of a layer are plenty."""
+    groups, (weight, _) = argument(node, "groups", 1) or 1, weight_of(graph, node)  # type: ignore[misc]
+    return max(64, GROUPED // (groups * weight[0].numel())) if groups > 1 else 1 << 62
 
 
 def _joined(parts: list[Any]) -> Any:

@@ -18,7 +18,7 @@ from qhyvit.methods.base import Problem
 from qhyvit.quantized import Parameters
 from qhyvit.quantizers.uniform import uniform_from_range
 from qhyvit.search.candidates import Candidates
-from qhyvit.search.errors import LayerError, WeightError, in_chunks, product_errors
+from qhyvit.search.errors import InputError, LayerError, WeightError, in_chunks, product_errors
 from qhyvit.search.operands import Choice, Evaluate, Range, Space, search
 
 ActivationSpace = Callable[[ActivationSite], Space]
@@ -143,14 +143,15 @@ class LayerSearch:
         self, source: str, names: list[str], errors: dict[str, LayerError], round_: int, by_channel: bool
     ) -> None:
         weights = {n: errors[n].grouped(self.parameters.weights[n](self.float_weight(n))) for n in names}
-        depthwise = len(names) == 1 and self.weights[names[0]].depthwise
+        by_channel = by_channel and "per-channel" in self.spaces.activation(self.activations[source]).granularities
+        separable = by_channel and len(names) == 1 and self.weights[names[0]].depthwise
+        inputs = [InputError(errors[n], weights[n], each=separable) for n in names]
 
         def evaluate(candidates: Candidates) -> Tensor:
-            found = [errors[n].inputs(candidates, weights[n]) for n in names]
-            return found[0] if depthwise else torch.stack([f.sum(1) for f in found], 1)
+            return torch.cat([error(candidates) for error in inputs], 1)
 
         cost, site = sum(errors[n].cost for n in names), self.activations[source]
-        self._choose(site, evaluate, round_, cost, separable=depthwise and by_channel, per_channel=by_channel)
+        self._choose(site, evaluate, round_, cost, separable=separable, per_channel=by_channel)
 
     def _channels_are_inputs(self, site: ActivationSite, names: list[str]) -> bool:
         """Whether channel c of a value is input channel c of all layers; behind attention its axis may be the heads."""
