@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qhyvit.calibration.samples import LayerSample
-from qhyvit.graph.balance import balance, shiftable
+from qhyvit.graph.balance import balance, foldable, shiftable
 from qhyvit.graph.channels import consumers
 from qhyvit.graph.sites import ActivationSite
 from qhyvit.methods.base import Problem
@@ -26,6 +26,7 @@ SHRINK = (1.0, 0.85, 0.7, 0.55, 0.4)
 # The error must fall to this share. Ranges of single channels are estimated from fewer numbers than the tensor's, so a
 # small gain on the calibration pictures is none on others.
 GAIN = 0.5
+EXPLICIT_GAIN = 0.25  # where the change stays as an operator of its own, which also costs time
 SMALLEST = 1e-3  # of the largest range; dead channels are not blown up
 
 
@@ -90,7 +91,8 @@ def _choose(
     tried = candidates(low, high, can_shift)
     found = [changed_error(problem, site, [_changed(c, low, high, *at) for at in layers], errors) for c in tried]
     best = min(range(len(tried)), key=found.__getitem__)
-    return tried[best] if found[best] < GAIN * found[0] else None
+    gain = GAIN if foldable(problem.graph, node, site.channel_axis, site.readers) else EXPLICIT_GAIN
+    return tried[best] if found[best] < gain * found[0] else None
 
 
 @dataclass(frozen=True)
