@@ -138,6 +138,19 @@ def test_capture_copies_a_captured_graph_with_its_names() -> None:
         capture(graph, images(1, 64))
 
 
+def test_factors_but_no_offsets_go_through_relu() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 3, 4, 1), nn.ReLU(), nn.Conv2d(16, 8, 1), nn.SiLU(), nn.Flatten(), nn.Linear(512, 5)
+    )
+    twin = stress(net, "both", 30.0, images=images())
+    assert difference(net, twin, images(8)) < 1e-5
+    ranges = measure(twin, find_streams(twin, relu=True)[:1], images())[0]
+    assert float(ranges.high.max() / ranges.high.median()) == pytest.approx(30, rel=0.1)
+    assert float(ranges.low.min()) == 0
+    with pytest.raises(ModelError, match="can be stressed with shift"):
+        stress(net, "shift", images=images())
+
+
 def test_what_has_no_streams_cannot_be_stressed() -> None:
     class Plain(nn.Module):
         def __init__(self) -> None:

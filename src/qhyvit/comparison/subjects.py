@@ -6,6 +6,7 @@ A captured graph and the float logits for each net and each twin; pictures decod
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -103,8 +104,7 @@ class Shared:
     def _once(self, key: Any, make: Callable[[Path], None]) -> Path:
         text = repr(key)
         if text not in self._made:
-            path = self._folder / str(len(self._made))
-            path.mkdir()
+            path = Path(tempfile.mkdtemp(dir=self._folder))  # not by a number: one that failed stays behind
             make(path)
             self._made[text] = path
         return self._made[text]

@@ -87,7 +87,8 @@ def stress(
         seed: of the factors and offsets.
         images: preprocessed pictures (n, 3, H, W), on which the channels' ranges are measured.
         everywhere: stress every stream there is, behind norms and beside foreign channels too, where a tensor's other
-            channels suffer most; else linear bottlenecks and the residual streams between convolution blocks.
+            channels suffer most; else linear bottlenecks and the residual streams between convolution blocks (ranges:
+            through ReLU too).
 
     Returns:
         The twin's captured graph, which `capture` takes again.
@@ -98,7 +99,8 @@ def stress(
     """
     asked = Stress(kind, KINDS.get(kind, 0.0) if amount is None else amount, seed)
     graph = capture(model, images[:1])
-    streams = [s for s in find_streams(graph) if everywhere or _between_layers(graph, s)]
+    relu = asked.kind != "shift"  # ReLU commutes with factors only
+    streams = [s for s in find_streams(graph, relu=relu) if everywhere or _between_layers(graph, s)]
     measured = measure(graph, streams, images)
     rng = torch.Generator().manual_seed(asked.seed)
     changes: list[tuple[Stream, Tensor, Tensor | None]] = []

@@ -50,7 +50,7 @@ def equalise_streams(problem: Problem, samples: dict[str, Any], errors: dict[str
     """
     nodes = {n.name: n for n in problem.graph.graph.nodes}
     changes = []
-    for stream in find_streams(problem.graph):
+    for stream in find_streams(problem.graph, relu=True):
         read = _read(problem, nodes, stream, samples)
         if not read:
             continue
