@@ -16,6 +16,7 @@ from qhyvit.calibration.samples import LayerSample, ProductSample
 from qhyvit.quantizers.uniform import UniformAffine
 from qhyvit.search.candidates import Candidates
 
+CODING = 3  # multiply-adds that coding a number is worth, at least
 _CELLS = 1 << 20  # numbers of a temporary at once, so that it stays in a core's cache
 
 
@@ -47,7 +48,8 @@ class LayerError:
         self.target = target.transpose(0, 1).contiguous()  # (G, M, O)
         self.importance = sample.weight.transpose(0, 1).contiguous()
         self.total = self.importance.sum(1)
-        self.cost = self.groups * self.positions * self.k * self.outputs  # multiply-adds of running the layer once
+        # Multiply-adds of running the layer once, its inputs coded first.
+        self.cost = self.groups * self.positions * self.k * (self.outputs + CODING)
         first = self.importance[:, :, :1]
         self.uniform = bool((self.importance == first).all())  # the same weight for all outputs of a position
 
