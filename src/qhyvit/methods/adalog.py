@@ -100,7 +100,7 @@ def adalog(problem: Problem) -> Parameters:
         chooser.shifts = {
             site.value: -MINIMA[node.target]
             for site, node in activations
-            if formats.has(AdaLog.kind, "outputs of activation functions are uniform")
+            if formats.has(AdaLog.kind, "outputs of activation functions are uniform", chooser.bits(site))
         }
     if not softmaxes:
         notes.append("adalog: no quantized softmax feeds a product: no logarithm there")

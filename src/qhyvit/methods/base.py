@@ -106,6 +106,23 @@ class Method:
         return formats + [kind for kind in self.operators if not target.has_operator(kind)]
 
 
+def on_pictures(problem: Problem, first: int, last: int) -> Problem:
+    """The same problem (graph, sites), its statistics and samples from calibration pictures `first` to `last` - 1."""
+
+    def pictures() -> Iterator[Tensor]:
+        at = 0
+        for batch in problem.pictures():
+            wanted = batch[max(first - at, 0) : max(last - at, 0)]
+            at += len(batch)
+            if len(wanted):
+                yield wanted
+
+    twin = copy.copy(problem)
+    twin.__dict__.pop("statistics", None)
+    twin.pictures, twin.picture_count = pictures, min(last, problem.picture_count) - first
+    return twin
+
+
 def with_settings(problem: Problem, **changes: Any) -> Problem:
     """The same problem (graph, sites, statistics) under a changed recipe; overrides by layer still win.
 

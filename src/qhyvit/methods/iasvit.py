@@ -29,7 +29,6 @@ from qhyvit.search.unit_walk import State, unit_batches, walk_units
 
 PERCENTILES = (97.0, 98.0, 99.0, 99.5, 99.95, 99.97, 99.99, 99.995, 99.999)  # of weights
 ETAS = (0.001, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.1, 0.2, 0.5, 1.0, *(2.0**-k for k in range(1, 25)))
-WIDEST = 8  # bits of a logarithmic code
 POSITIONS = 16  # sampled per layer; only products are looked at
 
 
@@ -193,8 +192,7 @@ class _Stages:
 def _set_softmaxes(problem: Problem, parameters: Parameters, formats: Formats, wanted: str) -> None:
     """Quantizers of softmax outputs, and sentences on them."""
     outputs = softmax_outputs(problem.graph, problem.sites)
-    wide = [site for site, _ in outputs if problem.bits(site).activation_bits > WIDEST]
-    open_ = [s for s, _ in outputs if s not in wide and formats.has_for_softmax(ShiftUniformLog2.kind, s)]
+    open_ = [s for s, _ in outputs if formats.has_for_softmax(ShiftUniformLog2.kind, s)]
     samples = gather(problem, "none", POSITIONS) if open_ else {}
     shifted = 0
     for site, _ in outputs:
@@ -211,10 +209,6 @@ def _set_softmaxes(problem: Problem, parameters: Parameters, formats: Formats, w
     if open_:
         parameters.notes.append(
             f"iasvit: {shifted} of {len(open_)} softmax outputs are shift-uniform-log2, the rest uniform, by error"
-        )
-    if wide:
-        parameters.notes.append(
-            f"iasvit: {len(wide)} softmax outputs are uniform: shift-uniform-log2 has {WIDEST} bits at most"
         )
 
 

@@ -94,7 +94,7 @@ def integer_softmax(
     outputs = softmax_outputs(problem.graph, problem.sites)
     in_float = 0
     for site, node in outputs:
-        if not formats.has_for_softmax(Log2.kind, site):
+        if not formats.has_for_softmax(Log2.kind, site, bits):
             parameters.activations[site.value] = softmax_stand_in(problem, site)
             continue
         width = bits or problem.bits(site).activation_bits

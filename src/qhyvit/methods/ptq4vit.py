@@ -85,7 +85,11 @@ def ptq4vit(problem: Problem) -> Parameters:
                 parameters.activations[site.value] = softmax_stand_in(problem, site)
         stand_in = "outputs of activation functions are asymmetric uniform of the same width"
         chooser.minima = {site.value: MINIMA[node.target] for site, node in activations}
-        chooser.twins = {site.value for site, _ in activations if formats.has(TwinUniform.kind, stand_in)}
+        chooser.twins = {
+            site.value
+            for site, _ in activations
+            if formats.has(TwinUniform.kind, stand_in, problem.bits(site).activation_bits)
+        }
         parameters.notes += [
             f"ptq4vit: no quantized {w}: no twin uniform there" for w in _missing(softmaxes, activations)
         ]

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from qhyvit.stored import Stored
 
+WIDEST = 8  # bits of the formats that are not uniform
+
 
 class Quantizer(Stored):
     """A number format with its parameters.
@@ -66,7 +68,7 @@ class _StraightThrough(torch.autograd.Function):
         return grad * inside, None, None
 
 
-def check_bits(bits: int, lowest: int = 2, highest: int = 8) -> None:
+def check_bits(bits: int, lowest: int = 2, highest: int = WIDEST) -> None:
     """ValueError unless a format exists in this width."""
     if not lowest <= bits <= highest:
         raise ValueError(f"this format has {lowest} to {highest} bits, not {bits}")
