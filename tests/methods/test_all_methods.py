@@ -79,6 +79,14 @@ def test_a_net_without_the_patterns_is_told_so(name: str) -> None:
     assert name == "ptq4vit" or any(note.startswith(f"{name}: no ") for note in parameters.notes), parameters.notes
 
 
+@pytest.mark.parametrize("name", [n for n in sorted(PUBLISHED) if METHODS[n].formats])
+def test_formats_of_eight_bits_fall_back_by_name_where_sixteen_are_asked(name: str) -> None:
+    model = quantized(name, bits="w8a16", target="simulate")
+    assert name == "hyq" or "has at most 8 bits" in " ".join(model.parameters.notes)  # hyq's softmax has 8 bits anyway
+    with torch.no_grad():
+        assert bool(model.simulation()(torch.rand(2, 3, SIDE, SIDE)).isfinite().all())
+
+
 @pytest.mark.parametrize("name", ["easyquant", "ptq4vit", "hyq", "iasvit"])
 def test_the_same_seed_gives_the_same_choice(name: str) -> None:
     first, second = (METHODS[name](problem(**PUBLISHED[name])) for _ in range(2))

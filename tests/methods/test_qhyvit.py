@@ -15,7 +15,7 @@ from qhyvit.errors import RecipeError
 from qhyvit.graph.capture import capture
 from qhyvit.graph.ops import weight_of
 from qhyvit.graph.sites import Sites, place
-from qhyvit.methods.base import Problem
+from qhyvit.methods.base import Problem, on_pictures
 from qhyvit.methods.qhyvit import RELEASED_FACTORS, VARIANTS, Options, options_of, qhyvit
 from qhyvit.methods.ranges import set_ranges
 from qhyvit.quantized import Parameters
@@ -168,3 +168,42 @@ def test_options_are_checked_by_name() -> None:
         options_of({"variant": "journal"})
     with pytest.raises(RecipeError, match=r"options\.rounds"):
         options_of({"rounds": "many"})
+
+
+class Spread(nn.Module):
+    """Twelve channels between two convolutions: red makes the four small ones, the others the large ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Conv2d(3, 12, 1, bias=False), nn.Conv2d(12, 8, 1), nn.Linear(8, 5)
+        weight = torch.zeros(12, 3)
+        weight[:4, 0], weight[4:8, 1], weight[8:, 2] = 0.01, 1.0, 1.0
+        with torch.no_grad():
+            self.first.weight.copy_(weight.view(12, 3, 1, 1))
+            self.second.weight.div_(weight.sum(1).view(1, 12, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(nn.functional.silu(self.second(self.first(x))).mean((2, 3)))
+        return out
+
+
+@pytest.mark.parametrize(("red", "evened"), [(1.0, "1 residual streams"), (100.0, "0 residual streams")])
+def test_channels_are_evened_out_only_if_new_pictures_gain_by_it(red: float, evened: str) -> None:
+    case = problem("w8a8", net=Spread, balance=True)
+    images = torch.cat(list(case.pictures()))
+    images[6:, 0] *= red  # of the last quarter, which leaves the small channels' ranges by far
+    case.pictures = lambda: iter(images.split(4))
+    assert evened in qhyvit(case).notes[0]
+
+
+def test_a_problem_on_some_of_its_pictures() -> None:
+    case = problem()
+    whole = torch.cat(list(case.pictures()))
+    part = on_pictures(case, 3, 6)
+    assert torch.equal(torch.cat(list(part.pictures())), whole[3:6])
+    assert part.picture_count == 3
+    bounds = {name: (float(s.low), float(s.high)) for name, s in part.statistics.items()}
+    assert bounds != {name: (float(s.low), float(s.high)) for name, s in case.statistics.items()}
+    case.pictures = lambda: iter([whole[3:6]])
+    case.refresh()
+    assert bounds == {name: (float(s.low), float(s.high)) for name, s in case.statistics.items()}
