@@ -13,7 +13,7 @@ import torch
 
 import qhyvit
 from qhyvit.comparison import Comparison, Variant, ablation, worker
-from qhyvit.comparison.subjects import captured
+from qhyvit.comparison.subjects import Shared, captured
 from qhyvit.errors import QhyvitError
 from qhyvit.evaluation import evaluate
 from qhyvit.models.load import LoadedModel, load_model
@@ -279,3 +279,16 @@ def test_a_loaded_model_keeps_its_graph_as_it_was(compare: Callable[..., Compari
     found = compare(loaded, methods=("qhyvit",), bits=("w4a4",), seeds=1)
     assert [cell.model for cell in found.outcomes] == ["Tiny"]
     assert all(torch.equal(v, before[k]) for k, v in loaded.module.state_dict().items())
+
+
+def test_what_could_not_be_made_does_not_hinder_the_next(tmp_path: Path) -> None:
+    shared = Shared(tmp_path)
+
+    def fail(_path: Path) -> None:
+        raise QhyvitError("Nothing can be stressed.")
+
+    with pytest.raises(QhyvitError):
+        shared._once("twin", fail)
+    made = shared._once("net", lambda path: path.joinpath("logits").touch())
+    assert (made / "logits").exists()
+    assert shared._once("net", fail) == made

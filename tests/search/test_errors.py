@@ -86,6 +86,19 @@ def test_input_candidates_one_by_one_give_the_same(centred: bool, taps: int, wei
         assert float(total[i]) == pytest.approx(float(expected.sum()), rel=1e-4)
 
 
+def test_depthwise_products_are_those_of_matrices() -> None:
+    gen = torch.Generator().manual_seed(0)
+    x, y, importance = (torch.randn(20, 5, k, generator=gen) for k in (9, 1, 1))
+    weight = torch.randn(5, 1, 3, 3, generator=gen)
+    error = LayerError(LayerSample(x, y, importance.abs()), weight, None, torch.arange(5)[:, None].expand(5, 9))
+    inputs = torch.randn(3, 5, 20, 9, generator=gen)
+    torch.testing.assert_close(error.product(inputs, error.weight), inputs @ error.weight)
+    low, high = -torch.rand(4, 1, generator=gen), torch.rand(4, 1, generator=gen)
+    candidates = Candidates.from_ranges(low, high, bits=3, signed=False, scheme="asymmetric")
+    total, each = (InputError(error, error.weight, each=e)(candidates) for e in (False, True))
+    torch.testing.assert_close(total, each.sum(1, keepdim=True))
+
+
 def test_products_by_head() -> None:
     gen = torch.Generator().manual_seed(0)
     a, b = torch.randn(6, 5, 4, generator=gen), torch.randn(6, 4, 3, generator=gen)
