@@ -207,3 +207,31 @@ def test_a_problem_on_some_of_its_pictures() -> None:
     case.pictures = lambda: iter([whole[3:6]])
     case.refresh()
     assert bounds == {name: (float(s.low), float(s.high)) for name, s in case.statistics.items()}
+
+
+class Pooled(nn.Module):
+    """A head behind pooled features: few numbers a channel, against the many of the convolution's input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body = nn.Conv2d(3, 64, 4, 4), nn.Conv2d(64, 64, 1)
+        self.head = nn.Linear(64, 7)
+        with torch.no_grad():
+            self.stem.weight.mul_(torch.logspace(-2, 0, 64).view(-1, 1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.body(nn.functional.silu(self.stem(x))).amax((2, 3)))
+        return out
+
+
+def test_scales_per_channel_only_where_other_pictures_gain_from_them() -> None:
+    axes = {}
+    for held_out in (False, True):
+        case = problem("w6a6", target="simulate", net=Pooled, held_out=held_out)
+        quantizers = qhyvit(case).activations
+        axes[held_out] = {s.readers[0]: quantizers[s.value].axis for s in case.sites.activations}  # type: ignore[attr-defined]
+    head = next(name for name in axes[True] if name.startswith("head"))
+    body = next(name for name in axes[True] if name.startswith("body"))
+    assert axes[False][head] is not None
+    assert axes[True][head] is None
+    assert axes[True][body] is not None  # channels 100 times apart

@@ -22,8 +22,10 @@ from qhyvit.recipe import Granularity
 from qhyvit.search.balancing import balance_all
 from qhyvit.search.blocks import reconstruct_bridges
 from qhyvit.search.equalising import equalise_streams
+from qhyvit.search.errors import LayerError
 from qhyvit.search.factors import FACTORS
 from qhyvit.search.gather import gather
+from qhyvit.search.granularity import not_worth_channels
 from qhyvit.search.layers import LayerSearch, Spaces, layer_errors
 from qhyvit.search.operands import Space
 from qhyvit.targets import TARGETS
@@ -55,6 +57,8 @@ class Options:
         one_sided: also shrink each end of an activation range alone (not in the paper).
         balance: shift and scale channels exactly where that lowers the error (per-channel granularity in a form that
             every target executes; not in the paper).
+        held_out: give an activation a scale per channel only where that pays on pictures that gave no ranges (not in
+            the paper).
         bias: leave each layer's mean error to its bias, which is corrected at the end (not in the paper).
         start: range setting of the incumbent that the search has to beat.
     """
@@ -70,11 +74,20 @@ class Options:
     coarse: Positive = 4
     one_sided: bool = True
     balance: bool = True
+    held_out: bool = True
     bias: bool = True
     start: Literal["minmax", "percentile", "mse", "kl"] = "mse"
 
 
-_PAPER = Options(variant="paper", gradient="default_quant", one_sided=False, balance=False, bias=False, start="minmax")
+_PAPER = Options(
+    variant="paper",
+    gradient="default_quant",
+    one_sided=False,
+    balance=False,
+    held_out=False,
+    bias=False,
+    start="minmax",
+)
 VARIANTS: dict[str, Options] = {
     "ours": Options(),
     "paper": _PAPER,
@@ -97,13 +110,13 @@ def qhyvit(problem: Problem) -> Parameters:
     options = options_of(problem.recipe.options)
     problem.per_channel = True
     overflows = count_overflows(problem)
-    note = _even_out(problem, options) if options.balance else None
+    note, whole = _even_out(problem, options)
     parameters = set_ranges(problem, options.start)
     samples = gather(problem, options.gradient, options.positions)
     parameters.notes += [note] if note else []
     parameters.notes += overflows.notes(count_overflows(problem) if options.balance else None)
     parameters.report["overflow"] = overflows.to_dict()
-    spaces = _spaces(problem, options)
+    spaces = _spaces(problem, options, whole)
     search = LayerSearch(problem, parameters, samples, spaces)
     with task("Searching", len(search.units)) as advance:
         for unit in search.units:
@@ -119,29 +132,39 @@ def qhyvit(problem: Problem) -> Parameters:
     return parameters
 
 
-def _even_out(problem: Problem, options: Options) -> str:
-    """Shift and scale channels, streams first; returns a sentence for the report.
+def _even_out(problem: Problem, options: Options) -> tuple[str | None, set[str]]:
+    """Shift and scale channels, streams first, and find the values that are to keep one scale.
 
     The channels' ranges are read from most pictures, what a change is worth from the others: an evened channel is
     clipped wherever a new picture leaves the range that the known ones had.
+
+    Returns:
+        A sentence for the report, and names of values; None and no names where the options ask for neither.
     """
+    judged = options.held_out and options.granularity and problem.target.per_channel_activations
+    if not (options.balance or judged):
+        return None, set()
     known, held_out = problem, problem
     if problem.picture_count >= FEWEST:
         split = problem.picture_count - problem.picture_count // HELD_OUT
         known, held_out = on_pictures(problem, 0, split), on_pictures(problem, split, problem.picture_count)
 
-    def sample() -> dict[str, Any]:
+    def sample() -> tuple[dict[str, Any], dict[str, LayerError]]:
         held_out.sites = known.sites
-        return gather(held_out, options.gradient, options.positions // 2, only_layers=True)
+        samples = gather(held_out, options.gradient, options.positions // 2, only_layers=True)
+        return samples, layer_errors(problem.graph, samples)
 
-    samples = sample()
-    streams = equalise_streams(known, samples, layer_errors(problem.graph, samples))
+    sampled = sample()
+    streams = equalise_streams(known, *sampled) if options.balance else 0
     if streams:
-        samples = sample()
-    changed = balance_all(known, samples, layer_errors(problem.graph, samples))
+        sampled = sample()
+    whole = not_worth_channels(known, *sampled) if judged else set()
+    if not options.balance:
+        return None, whole
+    changed = balance_all(known, *sampled)
     if streams or changed:
         problem.refresh()
-    return f"qhyvit: {streams} residual streams and {len(changed)} single values shifted or scaled by channel"
+    return f"qhyvit: {streams} residual streams and {len(changed)} single values shifted or scaled by channel", whole
 
 
 def _bridge_note(blocks: list[dict[str, Any]]) -> str:
@@ -151,7 +174,8 @@ def _bridge_note(blocks: list[dict[str, Any]]) -> str:
     return f"qhyvit: {len(blocks)} bridge blocks, mean relative error {before:.2g} before, {after:.2g} after"
 
 
-def _spaces(problem: Problem, options: Options) -> Spaces:
+def _spaces(problem: Problem, options: Options, whole: set[str]) -> Spaces:
+    """What may be chosen; the values in `whole` get one scale."""
     target, zero = TARGETS[problem.recipe.target], problem.recipe.ranges.zero
     released = options.variant == "released"
     factors = RELEASED_FACTORS if released else FACTORS
@@ -173,7 +197,7 @@ def _spaces(problem: Problem, options: Options) -> Spaces:
         asked = problem.bits(site)
         schemes: Any = ("symmetric", "asymmetric") if options.scheme else (asked.activations.scheme,)
         grains: tuple[Granularity, ...] = (asked.activations.granularity,)
-        if options.granularity and target.per_channel_activations:
+        if options.granularity and target.per_channel_activations and site.value not in whole:
             grains = ("per-tensor", "per-channel")
         if released:
             schemes = ("symmetric",)

@@ -1,0 +1,134 @@
+"""What each operator loses: alone, and in the quantized net (PPQ's layer-wise and graph-wise error).
+
+An operator quantized alone on exact inputs shows what its own codes cost; its output in the quantized net holds the
+noise of all operators before it too. Where the first number is low, the operator's ranges or widths are at fault; where
+only the second is, noise has piled up.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from qhyvit.calibration.collect import Watcher
+from qhyvit.data.dataset import Dataset
+from qhyvit.evaluation import opened, rounded, sqnr, stream
+from qhyvit.graph.sites import Sites
+from qhyvit.progress import task
+from qhyvit.quantized import Parameters, QuantizedModel
+
+PICTURES = 32
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One operator.
+
+    Attributes:
+        node, module: its names in the graph and in the model.
+        alone_db: SQNR of its output with nothing but its weight and operands quantized, in dB.
+        in_net_db: SQNR of its output in the quantized net, in dB.
+        logits_db: SQNR of the logits with nothing but its weight and operands quantized, in dB.
+        share: its part of the squared errors that all operators, each alone, cause in the logits.
+    """
+
+    node: str
+    module: str
+    alone_db: float
+    in_net_db: float
+    logits_db: float
+    share: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, rounded to 6 digits, JSON-able."""
+        return rounded(asdict(self))
+
+
+def losses(
+    model: QuantizedModel, data: Dataset | str | Path | None = None, *, limit: int = PICTURES, batch: int = 32
+) -> list[Loss]:
+    """What every operator with a quantized operand or weight loses, the largest share first.
+
+    Args:
+        model: a quantized model.
+        data: pictures, as for `evaluate`; labels do not matter.
+        limit: so many pictures, drawn with a fixed seed. The net is run on them once for each operator.
+        batch: pictures at a time.
+
+    Raises:
+        DataError: if no picture can be read.
+    """
+    pictures = [item.images for item in stream(model, opened(model, data), "Reading", limit, batch)]
+    nodes = [n for n in model.graph.graph.nodes if n.name in _operators(model.sites)]
+    names = [n.name for n in nodes]
+    exact = _run(model.graph, names, pictures)
+    whole = _noise(exact, _run(model.simulation(), names, pictures))
+    alone, behind = {}, {}
+    with task("Measuring losses", len(nodes)) as advance:
+        for node in nodes:
+            noise = _noise(exact, _run(_only(model, node.name), [node.name], pictures))
+            alone[node.name], behind[node.name] = noise[node.name], noise[OUTPUT]
+            advance(1)
+    signal = {name: sum(float(v.double().square().sum()) for v in values) for name, values in exact.items()}
+    total = sum(behind.values()) or 1.0
+    found = [
+        Loss(
+            node.name,
+            node.meta.get("module") or "",
+            sqnr(signal[node.name], alone[node.name]),
+            sqnr(signal[node.name], whole[node.name]),
+            sqnr(signal[OUTPUT], behind[node.name]),
+            behind[node.name] / total,
+        )
+        for node in nodes
+    ]
+    return sorted(found, key=lambda loss: -loss.share)
+
+
+OUTPUT = "output"  # what fx calls the node that returns the logits
+
+
+def _operators(sites: Sites) -> set[str]:
+    """Everything that has a quantized weight or reads a quantized value."""
+    return {s.node for s in sites.weights} | {r for s in sites.activations for r in s.readers}
+
+
+def _only(model: QuantizedModel, operator: str) -> fx.GraphModule:
+    """The float net with one operator's weight and operands quantized; corrected biases answer others and stay out."""
+    sites = Sites(
+        tuple(s for s in model.sites.weights if s.node == operator),
+        tuple(replace(s, readers=(operator,)) for s in model.sites.activations if operator in s.readers),
+    )
+    chosen = model.parameters
+    own = {name: form for name, form in chosen.operators.items() if name == operator}
+    parameters = Parameters(chosen.activations, chosen.weights, chosen.codes, operators=own)
+    return QuantizedModel(model.graph, sites, parameters, model.recipe, model.info, False).simulation()
+
+
+Values = dict[str, list[Tensor]]  # by node, one tensor for each batch
+
+
+def _run(graph: fx.GraphModule, names: list[str], pictures: list[Tensor]) -> Values:
+    values: Values = defaultdict(list)
+
+    def keep(node: fx.Node, value: Any) -> None:
+        values[node.name].append(value[0] if isinstance(value, tuple) else value)
+
+    watcher = Watcher(graph, [*names, OUTPUT], keep)
+    with torch.inference_mode():
+        for images in pictures:
+            watcher.run(images)
+    return values
+
+
+def _noise(exact: Values, values: Values) -> dict[str, float]:
+    """Summed squared differences of the nodes in `values`."""
+    return {
+        name: sum(float((a.double() - b.double()).square().sum()) for a, b in zip(exact[name], found, strict=True))
+        for name, found in values.items()
+    }
