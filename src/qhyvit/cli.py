@@ -188,12 +188,16 @@ def bench(
 
 @app.command(
     epilog="Examples:\n\n`qhyvit inspect --bridges mobilevit_s`: where convolutions hand over to attention\n\n"
-    "`qhyvit inspect --overflow out/`: layers whose zero points overflowed before channels were shifted"
+    "`qhyvit inspect --overflow out/`: layers whose zero points overflowed before channels were shifted\n\n"
+    "`qhyvit inspect --losses out/ --data val.zip`: which layers lose most, each by itself and in the net"
 )
 def inspect(
     model: Annotated[str, typer.Argument(help="A folder that `qhyvit quantize` wrote, or a model.")] = "demo",
     bridges: Annotated[bool, typer.Option("--bridges", help="Bridge blocks: last convolutions, projections.")] = False,
     overflow: Annotated[bool, typer.Option("--overflow", help="Overflowing zero points (a result's).")] = False,
+    losses: Annotated[bool, typer.Option("--losses", help="What each operator loses (a result's).")] = False,
+    data: Data = None,
+    limit: Annotated[int, typer.Option(help="Measure losses on so many pictures.", min=1)] = 32,
     weights: Weights = None,
     pretrained: Pretrained = False,
     input_size: InputSize = None,
@@ -203,21 +207,22 @@ def inspect(
     """Look into a model."""
     from qhyvit.graph.bridges import find_bridges
 
-    if not (bridges or overflow):
-        raise QhyvitError("There is nothing to inspect; pass --bridges or --overflow.")
+    if bridges + overflow + losses != 1:
+        raise QhyvitError("Pass one of --bridges, --overflow and --losses.")
+    if losses:
+        terminal.show_losses(model, data, limit, as_json)
+        return
     if overflow:
         terminal.show_overflow(model, as_json)
         return
     graph = _graph(model, weights, pretrained, input_size, stress)
-    found: dict[str, Any] = {}
-    if bridges:
-        found["bridges"] = [{"members": b.members, "modules": b.modules} for b in find_bridges(graph)]
+    found = find_bridges(graph)
     if as_json:
-        typer.echo(json.dumps(found))
+        typer.echo(json.dumps({"bridges": [{"members": b.members, "modules": b.modules} for b in found]}))
         return
-    for number, block in enumerate(found.get("bridges", []), 1):
-        typer.echo("\n  ".join([f"bridge block {number}", *block["modules"]]))
-    if bridges and not found["bridges"]:
+    for number, block in enumerate(found, 1):
+        typer.echo("\n  ".join([f"bridge block {number}", *block.modules]))
+    if not found:
         typer.echo("no bridge blocks: no attention follows convolutions")
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from qhyvit.errors import QhyvitError
@@ -212,3 +213,30 @@ def show_overflow(folder: str, as_json: bool) -> None:
         typer.echo(f"{row['module'] or row['value']}: {row['overflowing']} of {row['channels']} channels{whole}")
     if not found:
         typer.echo("no zero point overflows")
+
+
+def show_losses(folder: str, data: str | None, limit: int, as_json: bool) -> None:
+    """What each operator of a result loses, alone and in the net.
+
+    Raises:
+        QhyvitError: if `folder` is no result.
+    """
+    from qhyvit.losses import losses
+    from qhyvit.store import load
+
+    if not is_result(folder):
+        raise QhyvitError(f"{folder} is no result of qhyvit quantize; losses are those of a quantized model.")
+    found = losses(load(folder), data, limit=limit)
+    if as_json:
+        print(json.dumps({"losses": [loss.to_dict() for loss in found]}))
+        return
+    table = Table(
+        caption="SQNR in dB. Share: of the squared errors in the logits that all operators cause, each alone."
+    )
+    table.add_column("operator", overflow="fold")
+    for title in ("share", "logits, alone", "output, alone", "output, in net"):
+        table.add_column(title, justify="right")
+    for loss in found:
+        numbers = (f"{v:.1f}" for v in (loss.logits_db, loss.alone_db, loss.in_net_db))
+        table.add_row(escape(loss.module or loss.node), f"{loss.share:.1%}", *numbers)
+    Console(highlight=False).print(table)

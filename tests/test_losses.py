@@ -1,0 +1,66 @@
+"""Losses add up to what is lost, and name the layer that was made bad."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import tiny
+from qhyvit.cli import app
+from qhyvit.losses import losses
+from qhyvit.pipeline import quantize
+from qhyvit.store import save
+
+
+def test_every_operator_with_codes_is_there_and_shares_add_up() -> None:
+    model = tiny.quantized()
+    found = losses(model, tiny.calibration(), limit=8)
+    layers = {s.node for s in model.sites.weights}
+    assert layers <= {loss.node for loss in found}
+    assert sum(loss.share for loss in found) == pytest.approx(1)
+    assert [loss.share for loss in found] == sorted((loss.share for loss in found), reverse=True)
+
+
+def test_a_spoilt_layer_comes_first_and_is_bad_alone() -> None:
+    model = copy.deepcopy(tiny.fresh())
+    spoilt = next(s.node for s in model.sites.weights if s.module == "depthwise")
+    model.parameters.weights[spoilt].scale.mul_(100)  # all its codes become 0, ±1
+    first, *rest = losses(model, tiny.calibration(), limit=8)
+    assert first.node == spoilt
+    assert first.alone_db < min(loss.alone_db for loss in rest) - 10
+    behind = [loss for loss in rest if loss.module in ("qkv", "head")]
+    assert behind
+    assert all(loss.in_net_db < loss.alone_db - 5 for loss in behind)  # noise that came from before them
+
+
+def test_one_operator_alone_is_the_whole_net_if_nothing_else_is_quantized() -> None:
+    model = quantize(
+        tiny.Tiny(),
+        calib=tiny.calibration(),
+        input_size=tiny.SIDE,
+        bits="w4a4",
+        target="simulate",
+        overrides=[{"match": "*", "bits": "float"}, {"match": "head", "bits": "w4a4"}],
+    )
+    (only,) = losses(model, tiny.calibration(), limit=8)
+    assert only.module == "head"
+    assert only.logits_db == pytest.approx(only.alone_db)
+    assert only.logits_db == pytest.approx(only.in_net_db, abs=0.01)
+
+
+def test_inspect_prints_them(tmp_path: Path) -> None:
+    folder = save(tiny.quantized(), tmp_path / "out")
+    run = ["inspect", "--losses", str(folder), "--data", str(tiny.calibration()), "--limit", "4"]
+    result = CliRunner().invoke(app, run, catch_exceptions=False)
+    assert "depthwise" in result.stdout
+    found = json.loads(CliRunner().invoke(app, [*run, "--json"], catch_exceptions=False).stdout)["losses"]
+    assert {"module", "share", "alone_db", "in_net_db", "logits_db", "node"} == set(found[0])
+
+
+def test_inspect_wants_a_result_for_losses() -> None:
+    result = CliRunner().invoke(app, ["inspect", "--losses", "demo"])
+    assert "is no result" in str(result.exception)
