@@ -2,9 +2,11 @@
 
     python benchmarks/speed.py mobilevit_xxs --input-size 256 --threads 2
     python benchmarks/speed.py mobilevit_s --input-size 256 --target simulate
+    python benchmarks/speed.py mobilevit_xxs --input-size 256 --pictures 64
 
-W8A8, 32 of the built-in photographs, all granularities and schemes that the target executes, 3 rounds. Weights are
-random unless --weights names some: time hardly depends on them. Steps that others contain are indented.
+W8A8, 32 of the built-in photographs unless told otherwise, all granularities and schemes that the target executes, 3
+rounds. Weights are random unless --weights names some: time hardly depends on them. Steps that others contain are
+indented.
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ def main() -> None:
     parser.add_argument("--weights")
     parser.add_argument("--input-size", type=int)
     parser.add_argument("--target", default="onnxruntime")
+    parser.add_argument("--pictures", type=int, default=32)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -51,12 +54,15 @@ def main() -> None:
         setattr(owner, name, _timed(getattr(owner, name), spent[label]))
     loaded = load_model(args.model, weights=args.weights, input_size=args.input_size)
     wall, cpu = time.perf_counter(), time.process_time()
-    pipeline.quantize(loaded, calib="photos", method="qhyvit", target=args.target, calibration={"size": 32})
+    quantized = pipeline.quantize(
+        loaded, calib="photos", method="qhyvit", target=args.target, calibration={"size": args.pictures}
+    )
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     print(f"| step | wall s | CPU s |\n|---|---:|---:|\n| all of {args.model} | {wall:.1f} | {cpu:.1f} |")
     for label, (w, c) in spent.items():
         print(f"| {label} | {w:.1f} | {c:.1f} |")
-    print(f"\npeak memory: {_peak_mb():.0f} MB; threads: {args.threads}")
+    layers, values = len(quantized.sites.weights), len(quantized.sites.activations)
+    print(f"\n{layers} layers, {values} values; peak memory: {_peak_mb():.0f} MB; threads: {args.threads}")
 
 
 def _timed(function: Callable[..., Any], spent: list[float]) -> Callable[..., Any]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from qhyvit.calibration.samples import positions, sample_layer, sample_product
+from qhyvit.calibration.samples import positions, sample_layer, sample_product, sample_value
 from qhyvit.graph.capture import capture
 from qhyvit.graph.ops import weight_of
 
@@ -58,3 +58,19 @@ def test_a_sampled_product_is_the_product() -> None:
     sample = sample_product(a, b, a @ b, None, 3, 5, torch.Generator().manual_seed(0))
     assert sample.y.shape == (3, 5, 16)
     assert torch.allclose(sample.a @ sample.b, sample.y, atol=1e-6)
+
+
+def test_single_numbers_tell_what_clipping_costs() -> None:
+    """A few numbers far out, of which a plain sample of this size holds none or too many for their share."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(100_000, generator=generator)
+    x[torch.randint(len(x), (40,), generator=generator)] *= 8
+    sample = sample_value(x, None, 1000, generator)
+    for limit in (3.5, 6.0, 12.0):
+        exact = float((x.abs() - limit).clamp_min(0).square().sum())
+        told = float(((sample.x.abs() - limit).clamp_min(0).square() * sample.weight).sum())
+        assert abs(told - exact) < 0.02 * exact
+    assert float(sample.weight.sum()) == pytest.approx(len(x))
+    inside = x.abs() < 3
+    mean = float((sample.weight * sample.x.square())[sample.x.abs() < 3].sum()) / float(x[inside].square().sum())
+    assert abs(mean - 1) < 0.15  # the others are a plain sample

@@ -146,11 +146,18 @@ def sample_product(
 
 
 def sample_value(x: Tensor, g: Tensor | None, count: int, gen: torch.Generator) -> ValueSample:
-    """Sample single numbers of a value, its extremes among them."""
+    """Sample single numbers of a value: an eighth of them its largest, each for itself, the others at random.
+
+    The error of a clipped range is that of few large numbers, of which a plain sample has hardly any.
+    """
     x = x.flatten()
     g = torch.ones_like(x) if g is None else g.flatten()
-    index = torch.randint(len(x), (count,), generator=gen)
-    index = torch.cat([index, x.argmin().view(1), x.argmax().view(1)])
-    importance = torch.full((len(index),), len(x) / count)
-    importance[-2:] = 1
+    if len(x) <= count:
+        return ValueSample(x, g.square())
+    top, largest = torch.topk(x.abs(), max(1, count // 8))
+    drawn = torch.randint(len(x), (count - len(top),), generator=gen).to(x.device)
+    drawn = drawn[x[drawn].abs() < top[-1]]
+    importance = torch.full((len(drawn),), (len(x) - len(top)) / max(1, len(drawn))).to(x)
+    importance = torch.cat([torch.ones_like(top), importance])
+    index = torch.cat([largest, drawn])
     return ValueSample(x[index], g[index].square() * importance)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
@@ -174,7 +175,7 @@ def _bridge_note(blocks: list[dict[str, Any]]) -> str:
     return f"qhyvit: {len(blocks)} bridge blocks, mean relative error {before:.2g} before, {after:.2g} after"
 
 
-def _spaces(problem: Problem, options: Options, whole: set[str]) -> Spaces:
+def _spaces(problem: Problem, options: Options, whole: Collection[str] = ()) -> Spaces:
     """What may be chosen; the values in `whole` get one scale."""
     target, zero = TARGETS[problem.recipe.target], problem.recipe.ranges.zero
     released = options.variant == "released"
@@ -190,7 +191,8 @@ def _spaces(problem: Problem, options: Options, whole: set[str]) -> Spaces:
             grains = ("per-tensor", "per-channel")
         if released:
             schemes, grains = ("symmetric",), ("per-channel" if site.kind == "conv" else "per-tensor",)
-        fine = max(1, options.coarse // 2)  # few numbers a channel: the error jumps from candidate to candidate
+        # Few numbers a channel, fewer still that gradients weigh: the error jumps from candidate to candidate.
+        fine = max(1, options.coarse // (2 if options.gradient == "none" else 4))
         return Space(asked.weight_bits, True, schemes, grains, zero, coarse=fine, factors=factors)
 
     def activation(site: ActivationSite) -> Space:

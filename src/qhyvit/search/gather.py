@@ -24,7 +24,7 @@ from qhyvit.progress import task
 from qhyvit.quantized import QuantizedModel
 
 BATCH = 4  # pictures at a time: all inner gradients of a batch are held at once
-SLICES = 32  # heads × pictures kept of a product of activations
+SLICES = 128  # heads × pictures kept of a product of activations
 ROWS = 64
 VALUES = 32768
 GROUPED = 1 << 19  # inputs kept of a convolution with groups, each of which is a small layer that few positions tell of
