@@ -6,6 +6,7 @@ quantized = qhyvit.quantize("mobilevit_xxs", weights="net.safetensors", calib="p
 qhyvit.save(quantized, "out/")                  # recipe, integer weights, model.onnx
 qhyvit.verify(quantized, "val/")                # the exported model against its simulation
 qhyvit.evaluate(quantized, "val/")              # float, simulated, deployed
+qhyvit.losses(quantized, "val/")                # what each operator loses, the worst first
 quantized = qhyvit.load("out/")
 """
 
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qhyvit.comparison.run import compare
     from qhyvit.data.dataset import open_dataset
+    from qhyvit.diagnosis import losses
     from qhyvit.errors import QhyvitError
     from qhyvit.evaluation import evaluate
     from qhyvit.latency import bench
@@ -38,6 +40,7 @@ _HOME = {
     "export": "pipeline",
     "load": "store",
     "load_model": "models.load",
+    "losses": "diagnosis",
     "open_dataset": "data.dataset",
     "quantize": "pipeline",
     "save": "store",
@@ -53,6 +56,7 @@ __all__ = [
     "export",
     "load",
     "load_model",
+    "losses",
     "open_dataset",
     "quantize",
     "save",

@@ -221,7 +221,7 @@ def show_losses(folder: str, data: str | None, limit: int, as_json: bool) -> Non
     Raises:
         QhyvitError: if `folder` is no result.
     """
-    from qhyvit.losses import losses
+    from qhyvit.diagnosis import losses
     from qhyvit.store import load
 
     if not is_result(folder):

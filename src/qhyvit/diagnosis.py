@@ -23,6 +23,8 @@ from qhyvit.progress import task
 from qhyvit.quantized import Parameters, QuantizedModel
 
 PICTURES = 32
+OUTPUT = "output"  # what fx calls the node that returns the logits
+Values = dict[str, list[Tensor]]  # by node, one tensor for each batch
 
 
 @dataclass(frozen=True)
@@ -90,9 +92,6 @@ def losses(
     return sorted(found, key=lambda loss: -loss.share)
 
 
-OUTPUT = "output"  # what fx calls the node that returns the logits
-
-
 def _operators(sites: Sites) -> set[str]:
     """Everything that has a quantized weight or reads a quantized value."""
     return {s.node for s in sites.weights} | {r for s in sites.activations for r in s.readers}
@@ -108,9 +107,6 @@ def _only(model: QuantizedModel, operator: str) -> fx.GraphModule:
     own = {name: form for name, form in chosen.operators.items() if name == operator}
     parameters = Parameters(chosen.activations, chosen.weights, chosen.codes, operators=own)
     return QuantizedModel(model.graph, sites, parameters, model.recipe, model.info, False).simulation()
-
-
-Values = dict[str, list[Tensor]]  # by node, one tensor for each batch
 
 
 def _run(graph: fx.GraphModule, names: list[str], pictures: list[Tensor]) -> Values:

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import tiny
 from qhyvit.cli import app
-from qhyvit.losses import losses
+from qhyvit.diagnosis import losses
 from qhyvit.pipeline import quantize
 from qhyvit.store import save
 
