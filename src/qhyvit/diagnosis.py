@@ -8,6 +8,7 @@ only the second is, noise has piled up.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,6 @@ from qhyvit.quantized import Parameters, QuantizedModel
 
 PICTURES = 32
 OUTPUT = "output"  # what fx calls the node that returns the logits
-Values = dict[str, list[Tensor]]  # by node, one tensor for each batch
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Loss:
 
 
 def losses(
-    model: QuantizedModel, data: Dataset | str | Path | None = None, *, limit: int = PICTURES, batch: int = 32
+    model: QuantizedModel, data: Dataset | str | Path | None = None, *, limit: int = PICTURES, batch: int = 8
 ) -> list[Loss]:
     """What every operator with a quantized operand or weight loses, the largest share first.
 
@@ -60,23 +60,28 @@ def losses(
         model: a quantized model.
         data: pictures, as for `evaluate`; labels do not matter.
         limit: so many pictures, drawn with a fixed seed. The net is run on them once for each operator.
-        batch: pictures at a time.
+        batch: pictures at a time; the outputs of all operators are held for so many.
 
     Raises:
         DataError: if no picture can be read.
     """
     pictures = [item.images for item in stream(model, opened(model, data), "Reading", limit, batch)]
-    nodes = [n for n in model.graph.graph.nodes if n.name in _operators(model.sites)]
-    names = [n.name for n in nodes]
-    exact = _run(model.graph, names, pictures)
-    whole = _noise(exact, _run(model.simulation(), names, pictures))
-    alone, behind = {}, {}
-    with task("Measuring losses", len(nodes)) as advance:
-        for node in nodes:
-            noise = _noise(exact, _run(_only(model, node.name), [node.name], pictures))
-            alone[node.name], behind[node.name] = noise[node.name], noise[OUTPUT]
-            advance(1)
-    signal = {name: sum(float(v.double().square().sum()) for v in values) for name, values in exact.items()}
+    operators = _operators(model.sites)
+    nodes = [n for n in model.graph.graph.nodes if n.name in operators]
+    signal, whole, alone, behind = (defaultdict[str, float](float) for _ in range(4))
+    with task("Measuring losses", len(nodes) * len(pictures)) as advance:
+        for images in pictures:
+            exact: dict[str, Tensor] = {}
+            _run(model.graph, [*operators, OUTPUT], images, exact.__setitem__)
+            for name, value in exact.items():
+                signal[name] += float(value.double().square().sum())
+            for name, noise in _noise(model.simulation(), [*operators], images, exact).items():
+                whole[name] += noise
+            for node in nodes:
+                own = _noise(_only(model, node.name), [node.name, OUTPUT], images, exact)
+                alone[node.name] += own[node.name]
+                behind[node.name] += own[OUTPUT]
+                advance(1)
     total = sum(behind.values()) or 1.0
     found = [
         Loss(
@@ -109,22 +114,22 @@ def _only(model: QuantizedModel, operator: str) -> fx.GraphModule:
     return QuantizedModel(model.graph, sites, parameters, model.recipe, model.info, False).simulation()
 
 
-def _run(graph: fx.GraphModule, names: list[str], pictures: list[Tensor]) -> Values:
-    values: Values = defaultdict(list)
+def _run(graph: fx.GraphModule, names: list[str], images: Tensor, keep: Callable[[str, Tensor], Any]) -> None:
+    """Run a graph and hand over the values of some nodes."""
 
-    def keep(node: fx.Node, value: Any) -> None:
-        values[node.name].append(value[0] if isinstance(value, tuple) else value)
+    def watch(node: fx.Node, value: Any) -> None:
+        keep(node.name, value[0] if isinstance(value, tuple) else value)
 
-    watcher = Watcher(graph, [*names, OUTPUT], keep)
     with torch.inference_mode():
-        for images in pictures:
-            watcher.run(images)
-    return values
+        Watcher(graph, names, watch).run(images)
 
 
-def _noise(exact: Values, values: Values) -> dict[str, float]:
-    """Summed squared differences of the nodes in `values`."""
-    return {
-        name: sum(float((a.double() - b.double()).square().sum()) for a, b in zip(exact[name], found, strict=True))
-        for name, found in values.items()
-    }
+def _noise(graph: fx.GraphModule, names: list[str], images: Tensor, exact: dict[str, Tensor]) -> dict[str, float]:
+    """Summed squared differences of some nodes' values from the exact ones."""
+    found: dict[str, float] = {}
+
+    def compare(name: str, value: Tensor) -> None:
+        found[name] = float((value.double() - exact[name].double()).square().sum())
+
+    _run(graph, names, images, compare)
+    return found
