@@ -54,9 +54,10 @@ class ProductSample:
 
 @dataclass
 class ValueSample:
-    """Single numbers of a value (M,) and their weights importance × g² (M,), mean 1."""
+    """Single numbers of a value (M,), how many each stands for (M,), and its weight importance × g² (M,), mean 1."""
 
     x: Tensor
+    importance: Tensor
     weight: Tensor
 
 
@@ -153,11 +154,11 @@ def sample_value(x: Tensor, g: Tensor | None, count: int, gen: torch.Generator) 
     x = x.flatten()
     g = torch.ones_like(x) if g is None else g.flatten()
     if len(x) <= count:
-        return ValueSample(x, g.square())
+        return ValueSample(x, torch.ones_like(x), g.square())
     top, largest = torch.topk(x.abs(), max(1, count // 8))
     drawn = torch.randint(len(x), (count - len(top),), generator=gen).to(x.device)
     drawn = drawn[x[drawn].abs() < top[-1]]
     importance = torch.full((len(drawn),), (len(x) - len(top)) / max(1, len(drawn))).to(x)
     importance = torch.cat([torch.ones_like(top), importance])
     index = torch.cat([largest, drawn])
-    return ValueSample(x[index], g[index].square() * importance)
+    return ValueSample(x[index], importance, g[index].square() * importance)

@@ -212,7 +212,7 @@ class LayerSearch:
         if self.parameters.uniform(name).axis is not None:
             return  # single numbers do not tell their channel: what the recipe asked for stays
         target = seen(sample.x)
-        weight = torch.ones_like(sample.weight) if through is not None else sample.weight
+        weight = sample.importance if through is not None else sample.weight  # gradients are those of the value itself
 
         def evaluate(candidates: Candidates) -> Tensor:
             def errors(c: Candidates) -> Tensor:
