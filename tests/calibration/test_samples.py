@@ -70,7 +70,9 @@ def test_single_numbers_tell_what_clipping_costs() -> None:
         exact = float((x.abs() - limit).clamp_min(0).square().sum())
         told = float(((sample.x.abs() - limit).clamp_min(0).square() * sample.weight).sum())
         assert abs(told - exact) < 0.02 * exact
-    assert float(sample.weight.sum()) == pytest.approx(len(x))
+    assert float(sample.importance.sum()) == pytest.approx(len(x))
+    weighed = sample_value(x, torch.full_like(x, 3.0), 1000, generator)
+    assert torch.allclose(weighed.weight, 9 * weighed.importance)
     inside = x.abs() < 3
     mean = float((sample.weight * sample.x.square())[sample.x.abs() < 3].sum()) / float(x[inside].square().sum())
     assert abs(mean - 1) < 0.15  # the others are a plain sample

@@ -17,14 +17,16 @@ from qhyvit.methods.erq import Options as Compensation
 from qhyvit.methods.options import read_options
 from qhyvit.quantized import Parameters, QuantizedModel
 
+CLEARLY = 0.93  # of the other's error, 0.3 dB: less than that tells nothing about other pictures
+
 
 @dataclass(frozen=True)
 class Options:
     """The method's options, with their defaults.
 
     Attributes:
-        base: method that sets scales and zero points, with its own defaults. "auto": both qhyvit and mse are carried
-            through, and what comes closest to the float net on the calibration pictures is kept.
+        base: method that sets scales and zero points, with its own defaults. "auto": qhyvit and mse are both carried
+            through; mse is kept where it is clearly closer to the float net on the calibration pictures.
     """
 
     base: Base | Literal["auto"] = "auto"
@@ -36,15 +38,17 @@ def best(problem: Problem) -> Parameters:
     In this order: channels evened out, scales, granularities and schemes by reconstruction error, bridge blocks (method
     qhyvit); each layer's weights refitted in closed form to the quantized inputs that the layers before it give, and
     rounded so that they make up for each other (method erq, arXiv 2407.06794); biases by the error behind activation
-    functions. The same once more from ranges of method mse, which takes little time; what has the lower error of the
-    logits on the calibration pictures is kept: on gentle nets plain ranges can be better once weights are refitted.
+    functions. The same once more from ranges of method mse, which takes little time and is kept where it leaves the
+    logits clearly closer to the float net's on the calibration pictures: plain ranges can be better once weights are
+    refitted.
 
     Options (defaults): base auto.
     """
     asked = read_options(Options, "best", problem.recipe.options).base
     bases: tuple[Base, ...] = ("qhyvit", "mse") if asked == "auto" else (asked,)
     tried = [_carried_through(problem, base) for base in bases]
-    found = min(tried, key=lambda attempt: attempt.error)
+    first, last = tried[0], tried[-1]
+    found = last if last.error < CLEARLY * first.error else first
     problem.graph, problem.sites = found.problem.graph, found.problem.sites
     if len(bases) > 1:
         scores = ", ".join(f"{a.base} {-10 * math.log10(a.error):.1f} dB" for a in tried)
