@@ -8,6 +8,7 @@ import torch
 from hybrid import SIDE, Hybrid
 from qhyvit.errors import RecipeError
 from qhyvit.methods import METHODS
+from qhyvit.methods import best as best_module
 from qhyvit.pipeline import quantize
 from qhyvit.verification import verify
 from tiny import calibration
@@ -42,3 +43,15 @@ def test_options_are_checked() -> None:
     with pytest.raises(RecipeError, match="recipe key 'options"):
         quantize(Hybrid(), calib=calibration(), input_size=SIDE, method="best", options={"base": "kl"})
     assert "qhyvit" in METHODS["best"].description
+
+
+@pytest.mark.parametrize(("error_of_mse", "kept"), [(0.95, "qhyvit"), (0.9, "mse")])
+def test_ranges_of_mse_are_kept_only_where_clearly_closer(
+    monkeypatch: pytest.MonkeyPatch, error_of_mse: float, kept: str
+) -> None:
+    errors = iter([1.0, error_of_mse])
+    monkeypatch.setattr(best_module, "_error", lambda problem, parameters: next(errors))
+    model = quantize(Hybrid(), calib=calibration(), input_size=SIDE, method="best")
+    assert any(f"ranges of {kept} kept" in note for note in model.parameters.notes)
+    assert ("overflow" in model.parameters.report) == (kept == "qhyvit")  # only qhyvit counts them
+    assert verify(model, calibration()).sqnr_db > 40  # graph, sites and parameters are those of one attempt
