@@ -34,23 +34,37 @@ def test_a_sampled_convolution_is_the_convolution(name: str) -> None:
     assert torch.allclose(product + bias.view(groups, -1), sample.y, atol=1e-5)
 
 
-def test_sums_over_a_sample_are_unbiased() -> None:
+@pytest.mark.parametrize("weighed", [False, True])
+def test_sums_over_a_sample_are_unbiased(weighed: bool) -> None:
     torch.manual_seed(0)
-    score, value = torch.rand(500) ** 4, torch.randn(500)
-    extremes = torch.zeros(500)
+    score, value = torch.rand(2, 500) ** 4, torch.randn(2, 500)
     sums = []
     for seed in range(400):
-        index, importance = positions(score, extremes, 50, torch.Generator().manual_seed(seed))
-        sums.append(float((importance * value[index])[:50].sum()))
-    spread = torch.tensor(sums).std() / 400**0.5
-    assert abs(sum(sums) / len(sums) - float(value.sum())) < 4 * float(spread)
+        gen = torch.Generator().manual_seed(seed)
+        index, importance = positions(score if weighed else None, torch.zeros(2, 500), 50, gen)
+        sums.append((importance * value.gather(1, index))[:, :50].sum(1))
+    spread = torch.stack(sums).std(0) / 400**0.5
+    assert bool(((torch.stack(sums).mean(0) - value.sum(1)).abs() < 4 * spread).all())
 
 
 def test_the_extreme_inputs_are_always_taken() -> None:
-    extremes = torch.zeros(1000)
-    extremes[123] = 9.0
-    index, _ = positions(torch.ones(1000), extremes, 10, torch.Generator().manual_seed(0))
-    assert 123 in index.tolist()
+    extremes = torch.zeros(2, 1000)
+    extremes[0, 123], extremes[1, 77] = 9.0, 1.0
+    for score in (None, torch.ones(2, 1000)):
+        index, _ = positions(score, extremes, 10, torch.Generator().manual_seed(0))
+        assert 123 in index[0].tolist()
+        assert 77 in index[1].tolist()
+
+
+def test_every_channel_of_a_depthwise_convolution_shows_its_extremes() -> None:
+    """A channel with small numbers is clipped by a range of its own, whatever its neighbours hold."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 6, 24, 24) * torch.logspace(-3, 0, 6).view(-1, 1, 1)
+    graph = capture(LAYERS["depthwise"], x)
+    node = next(n for n in graph.graph.nodes if "conv2d" in n.name)
+    y = graph(x)
+    sample = sample_layer(graph, node, x, y, None, 10, torch.Generator().manual_seed(0))
+    assert torch.equal(sample.x.abs().amax((0, 2)), x.abs().amax((0, 2, 3)))
 
 
 def test_a_sampled_product_is_the_product() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -36,16 +36,23 @@ class Projected(Tiny):
         return out
 
 
-def problem(bits: str = "w4a4", target: str = "onnxruntime", net: type[nn.Module] = Tiny, **options: object) -> Problem:
+def problem(
+    bits: str = "w4a4",
+    target: str = "onnxruntime",
+    net: type[nn.Module] = Tiny,
+    scope: Literal["partial", "full"] = "partial",
+    **options: object,
+) -> Problem:
     torch.manual_seed(0)
     images = torch.randn(8, 3, SIDE, SIDE)
     graph = capture(net(), images)
 
     def find(captured: torch.fx.GraphModule) -> Sites:
-        return place(captured, quantized_outputs=frozenset({"conv"}))
+        return place(captured, scope=scope, quantized_outputs=frozenset({"conv"}))
 
     recipe = Recipe(
         bits=bits,
+        scope=scope,
         method="qhyvit",
         target=target,
         options={"balance": False, "bias": False, "bridges": False, **options},
@@ -98,10 +105,12 @@ def test_every_choice_costs_at_most_one_percent_against_brute_force(
     assert max(c[0] for c in compared) <= 1.01, sorted(compared)[-4:]
 
 
-def test_ours_beats_the_released_rules_on_every_variants_own_ground() -> None:
+def test_a_larger_space_of_choices_leaves_less_error() -> None:
+    """All from the same start, and on the pictures that were searched on: what others gain is not asked here."""
     totals = {}
     for variant in VARIANTS:
-        case = problem("w4a4", "simulate", variant=variant, gradient="none", positions=256)
+        same: dict[str, Any] = {"gradient": "none", "positions": 256, "start": "minmax", "held_out": False}
+        case = problem("w4a4", "simulate", variant=variant, **same)
         totals[variant] = sum(layer_errors(case, qhyvit(case)).values())
     assert totals["ours"] <= totals["paper"] * 1.01
     assert totals["paper"] < totals["released"]
@@ -139,6 +148,24 @@ def test_attention_operands_may_have_a_scale_for_each_head() -> None:
     by_head = [parameters.activations[s.value] for s in heads if parameters.activations[s.value].axis == 1]
     assert by_head
     assert all(len(q.scale) == 2 for q in by_head)
+
+
+class LoudValues(Tiny):
+    """Values are far larger than queries and keys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.no_grad():
+            self.qkv.weight[32:] *= 30
+
+
+def test_queries_keys_and_values_in_one_site_are_all_heard() -> None:
+    """In full scope the layer's output is coded as a whole; a step fit for the scores would clip the values."""
+    case = problem("w8a8", net=LoudValues, scope="full")
+    (site,) = [s for s in case.sites.activations if s.module == "qkv" and s.role == "output"]
+    quantizer, statistics = qhyvit(case).uniform(site.value), case.statistics[site.value]
+    reach = float(quantizer.scale) * 255
+    assert reach > 0.5 * float(statistics.high - statistics.low)
 
 
 @pytest.mark.parametrize("source", ["default_quant", "fisher", "none"])

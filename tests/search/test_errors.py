@@ -113,3 +113,14 @@ def test_products_by_head() -> None:
             q = uniform_from_range(*ends, bits=3, scheme="asymmetric", signed=False)
             total += float(((a[s] @ q(b[s]) - sample.y[s]).square() * sample.weight[s]).sum())
         assert float(found[i, 0]) == pytest.approx(total, rel=1e-4)
+
+
+def test_products_of_a_value_with_itself() -> None:
+    """Both operands are coded by the candidate."""
+    gen = torch.Generator().manual_seed(0)
+    a, b = torch.randn(6, 5, 4, generator=gen), torch.randn(6, 4, 3, generator=gen)
+    sample = ProductSample(a, b, a @ b, torch.rand(6, 5, 3, generator=gen), torch.zeros(6, dtype=torch.int64))
+    candidates = Candidates.from_ranges(-torch.ones(1, 1), torch.ones(1, 1), bits=3, signed=False, scheme="asymmetric")
+    q = candidates.build(None)
+    exact = float(((q(a) @ q(b) - sample.y).square() * sample.weight).sum())
+    assert float(product_errors(sample, "ab", a, candidates)) == pytest.approx(exact, rel=1e-5)

@@ -2,8 +2,8 @@
 
 The search needs the inputs and outputs of a layer at some positions, not at all of them: memory stays below
 positions × (K + 2·C_out) numbers per layer whatever the number of pictures. Positions are drawn with probability
-½ uniform + ½ ∝ Σ_o g², weights corrected so that sums stay unbiased; positions that hold the extremes of the input are
-always taken, because that is where clipping shows.
+½ uniform + ½ ∝ Σ_o g², weights corrected so that sums stay unbiased; positions that hold the extremes of a group's
+input are always taken, because that is where clipping shows.
 """
 
 from __future__ import annotations
@@ -67,69 +67,82 @@ def normalised(weight: Tensor) -> Tensor:
     return weight / mean if bool(mean > 0) else torch.ones_like(weight)
 
 
-def positions(score: Tensor, extremes: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draw positions.
+def positions(score: Tensor | None, extremes: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draw positions for each group of a layer by itself.
 
     Args:
-        score: Σ_o g² at every position (P,).
-        extremes: largest |input| seen at every position (P,).
+        score: Σ_o g² at every position (G, P), or None where all count alike.
+        extremes: largest |input| seen at every position (G, P).
         count: how many to draw, beside the extremes.
         generator: seeded.
 
     Returns:
-        Indices and importance weights.
+        Indices and importance weights (G, M).
     """
-    total = score.sum()
-    share = score / total if bool(total > 0) else torch.full_like(score, 1 / len(score))
-    probability = (0.5 * share + 0.5 / len(score)).cpu()
-    drawn = torch.multinomial(probability, count, replacement=True, generator=generator)
-    top = torch.topk(extremes, min(EXTREMES, len(extremes))).indices.cpu()
-    importance = torch.cat([1 / (count * probability[drawn]), torch.ones(len(top))])
-    return torch.cat([drawn, top]), importance
+    groups, size = extremes.shape
+    top = torch.topk(extremes, min(EXTREMES, size)).indices.cpu()
+    if score is None:
+        drawn = torch.randint(size, (groups, count), generator=generator)
+        importance = torch.full((groups, count), size / count)
+    else:
+        total = score.sum(1, keepdim=True)
+        share = torch.where(total > 0, score / total, 1 / size)
+        probability = (0.5 * share + 0.5 / size).cpu()
+        drawn = torch.multinomial(probability, count, replacement=True, generator=generator)
+        importance = 1 / (count * probability.gather(1, drawn))
+    return torch.cat([drawn, top], 1), torch.cat([importance, torch.ones(top.shape)], 1)
 
 
 def sample_layer(
     graph: fx.GraphModule, node: fx.Node, x: Tensor, y: Tensor, g: Tensor | None, count: int, gen: torch.Generator
 ) -> LayerSample:
-    """Sample one batch of a convolution's or linear's input `x`, output `y` and output gradient `g` (None: ones)."""
+    """Sample one batch of a convolution's or linear's input `x`, output `y` and output gradient `g` (None: ones).
+
+    Each group of a convolution has positions of its own: its extremes lie elsewhere than the next one's.
+    """
     found = weight_of(graph, node)
     assert found is not None
     weight, groups = found[0], argument(node, "groups", 1) or 1
     linear = is_call(node, LINEAR)
-    rows = y.reshape(-1, y.shape[-1]) if linear else y.movedim(1, -1).reshape(-1, y.shape[1])
-    if g is None:
-        square = torch.ones_like(rows)
-    else:
-        square = (g.reshape(rows.shape) if linear else g.movedim(1, -1).reshape(rows.shape)).square()
+
+    def rows(value: Tensor) -> Tensor:  # (G, P, O)
+        flat = value.reshape(-1, value.shape[-1]) if linear else value.movedim(1, -1).reshape(-1, value.shape[1])
+        return flat.view(len(flat), groups, -1).transpose(0, 1)
+
+    square = None if g is None else rows(g).square()
+    score = None if square is None else square.sum(2)
     if linear:
-        flat = x.reshape(-1, x.shape[-1])
-        index, importance = positions(square.sum(1), flat.abs().amax(1), count, gen)
-        inputs = flat[index]
+        flat = x.reshape(1, -1, x.shape[-1])
+        index, importance = positions(score, flat.abs().amax(2), count, gen)
+        inputs = flat[:, index[0]]
     else:
-        reach = F.adaptive_max_pool2d(x.abs().amax(1, keepdim=True), y.shape[2:]).flatten()
-        index, importance = positions(square.sum(1), reach, count, gen)
+        largest = x.abs().view(len(x), groups, -1, *x.shape[2:]).amax(2)
+        reach = F.adaptive_max_pool2d(largest, y.shape[2:]).transpose(0, 1).flatten(1)
+        index, importance = positions(score, reach, count, gen)
         inputs = _patches(node, x, weight.shape[2:], index, y.shape)
-    m = len(index)
-    return LayerSample(
-        inputs.reshape(m, groups, -1),
-        rows[index].view(m, groups, -1),
-        (square[index] * importance[:, None].to(square)).view(m, groups, -1),
-    )
+    each = torch.arange(groups)[:, None]
+    outputs = rows(y)[each, index]
+    importance = importance[:, :, None].to(outputs)
+    weighed = importance.expand_as(outputs) if square is None else square[each, index] * importance
+    return LayerSample(inputs.transpose(0, 1), outputs.transpose(0, 1), weighed.transpose(0, 1))
 
 
 def _patches(node: fx.Node, x: Tensor, kernel: torch.Size, index: Tensor, out: torch.Size) -> Tensor:
-    """Input patches (M, C_in, kernel positions) behind flat output positions of a 2-D convolution."""
+    """Input patches (G, M, K) behind flat output positions (G, M) of a 2-D convolution."""
     stride, padding, dilation = (
         as_list(argument(node, n, d), 2) for n, d in (("stride", 1), ("padding", 0), ("dilation", 1))
     )
     padded = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
     height, width = out[2], out[3]
     batch, row, column = index // (height * width), index // width % height, index % width
-    rows = (row * stride[0])[:, None] + torch.arange(kernel[0]) * dilation[0]
-    columns = (column * stride[1])[:, None] + torch.arange(kernel[1]) * dilation[1]
-    channels = torch.arange(x.shape[1])
+    rows = (row * stride[0])[..., None] + torch.arange(kernel[0]) * dilation[0]
+    columns = (column * stride[1])[..., None] + torch.arange(kernel[1]) * dilation[1]
+    channels = torch.arange(x.shape[1]).view(len(index), -1)
     return padded[
-        batch[:, None, None, None], channels[None, :, None, None], rows[:, None, :, None], columns[:, None, None, :]
+        batch[:, :, None, None, None],
+        channels[:, None, :, None, None],
+        rows[:, :, None, :, None],
+        columns[:, :, None, None, :],
     ].flatten(2)
 
 

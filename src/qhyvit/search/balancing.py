@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qhyvit.calibration.samples import LayerSample
+from qhyvit.calibration.statistics import TensorStatistics
 from qhyvit.graph.balance import balance, foldable, shiftable
 from qhyvit.graph.channels import consumers
 from qhyvit.graph.sites import ActivationSite
@@ -27,6 +28,7 @@ SHRINK = (1.0, 0.85, 0.7, 0.55, 0.4)
 # small gain on the calibration pictures is none on others.
 GAIN = 0.5
 EXPLICIT_GAIN = 0.25  # where the change stays as an operator of its own, which also costs time
+PLENTY = 1024  # numbers a channel; of fewer, less is believed
 SMALLEST = 1e-3  # of the largest range; dead channels are not blown up
 
 
@@ -92,7 +94,13 @@ def _choose(
     found = [changed_error(problem, site, [_changed(c, low, high, *at) for at in layers], errors) for c in tried]
     best = min(range(len(tried)), key=found.__getitem__)
     gain = GAIN if foldable(problem.graph, node, site.channel_axis, site.readers) else EXPLICIT_GAIN
-    return tried[best] if found[best] < gain * found[0] else None
+    return tried[best] if found[best] < gain * belief(statistics) * found[0] else None
+
+
+def belief(statistics: TensorStatistics) -> float:
+    """How much of a gain to believe, at most 1: channels' ranges from few numbers fit these and clip others."""
+    assert statistics.channel_low is not None
+    return min(1.0, statistics.count / len(statistics.channel_low) / PLENTY)
 
 
 @dataclass(frozen=True)

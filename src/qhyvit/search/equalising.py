@@ -19,7 +19,7 @@ from qhyvit.graph.channels import consumers
 from qhyvit.graph.sites import ActivationSite
 from qhyvit.graph.streams import UNCHANGED, Stream, find_streams, rescale_streams
 from qhyvit.methods.base import Problem
-from qhyvit.search.balancing import GAIN, Candidate, ChangedInput, candidates, changed_error
+from qhyvit.search.balancing import GAIN, Candidate, ChangedInput, belief, candidates, changed_error
 from qhyvit.search.errors import LayerError
 
 
@@ -59,7 +59,7 @@ def equalise_streams(problem: Problem, samples: dict[str, Any], errors: dict[str
         plain = _errors(problem, read, tried[0], errors)
         ratios = [_mean_ratio(_errors(problem, read, c, errors), plain) for c in tried]
         best = min(range(len(tried)), key=ratios.__getitem__)
-        if ratios[best] < GAIN:
+        if ratios[best] < GAIN * min(belief(problem.statistics[site.value]) for site, _ in read):
             changes.append((stream, tried[best].factor, tried[best].offset))
     if changes:
         rescale_streams(problem.graph, changes)

@@ -213,13 +213,12 @@ def product_error(sample: ProductSample, a: Tensor, b: Tensor) -> Tensor:
     return (a @ b).sub_(sample.y).square_().mul_(sample.weight).flatten(-3).sum(-1)
 
 
-def product_errors(sample: ProductSample, operand: str, other: Tensor, candidates: Candidates) -> Tensor:
-    """Errors (B, 1) of candidates for operand "a" or "b" of a matmul, the other one fixed."""
-    x: Tensor = getattr(sample, operand)
+def product_errors(sample: ProductSample, operands: str, other: Tensor, candidates: Candidates) -> Tensor:
+    """Errors (B, 1) of candidates for operand "a" or "b" of a matmul, the other one fixed, or for both, "ab"."""
     heads = sample.head[:, None, None]
 
     def errors(c: Candidates) -> Tensor:
-        coded = c(x, heads)
-        return (product_error(sample, coded, other) if operand == "a" else product_error(sample, other, coded))[:, None]
+        a, b = (c(x, heads) if o in operands else other for o, x in (("a", sample.a), ("b", sample.b)))
+        return product_error(sample, a, b)[:, None]
 
-    return in_chunks(max(x.numel(), sample.y.numel()), errors, candidates)
+    return in_chunks(max(sample.a.numel(), sample.b.numel(), sample.y.numel()), errors, candidates)

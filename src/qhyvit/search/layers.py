@@ -18,7 +18,7 @@ from qhyvit.methods.base import Problem
 from qhyvit.quantized import Parameters
 from qhyvit.quantizers.uniform import uniform_from_range
 from qhyvit.search.candidates import Candidates
-from qhyvit.search.errors import InputError, LayerError, WeightError, in_chunks, product_errors
+from qhyvit.search.errors import InputError, LayerError, WeightError, in_chunks, product_error, product_errors
 from qhyvit.search.operands import Choice, Evaluate, Range, Space, search
 
 ActivationSpace = Callable[[ActivationSite], Space]
@@ -85,10 +85,10 @@ class LayerSearch:
         for source, names in layers.items():
             yield partial(self.layers, source, names)
         done = {s for s in layers if s is not None}
-        for name, sample in self.samples.items():
-            if isinstance(sample, ProductSample):
-                yield partial(self._product, name, sample, inputs[name], frozenset(done))
-                done |= {i for i in inputs[name] if i is not None}
+        products = [n for n, sample in self.samples.items() if isinstance(sample, ProductSample)]
+        for names in _linked(products, {n: {i for i in inputs[n] if i is not None} - done for n in products}):
+            yield partial(self._products, names, inputs, frozenset(done))
+        done |= {i for n in products for i in inputs[n] if i is not None}
         for key, sample in self.samples.items():
             name = key.removeprefix("value:")
             if isinstance(sample, ValueSample) and name not in done:
@@ -174,28 +174,44 @@ class LayerSearch:
 
     # Products of activations and single values -------------------------------------------------------------------
 
-    def _product(self, name: str, sample: ProductSample, inputs: list[str | None], done: frozenset[str]) -> None:
-        operands: list[tuple[str, str | None, str, str | None]] = [("a", inputs[0], "b", inputs[1])]
-        operands.append(("b", inputs[1], "a", inputs[0]))
-        by_head = {s: self._is_by_head(name, s) for s in inputs if s is not None}
-        for value in set(by_head) - done:
-            self._per_tensor_unless(by_head[value], value)
+    def _products(self, names: list[str], inputs: dict[str, list[str | None]], done: frozenset[str]) -> None:
+        """Operands of some products, in turn, each by the errors of all these products that read it.
+
+        Queries, keys and values may be one site: what is best for the scores alone is not for what they weigh.
+        """
+        free = [s for s in dict.fromkeys(i for n in names for i in inputs[n]) if s is not None and s not in done]
+        by_head = {s: all(self._is_by_head(n, s) for n in names if s in inputs[n]) for s in free}
+        for site in free:
+            self._per_tensor_unless(by_head[site], site)
         for round_ in range(self.spaces.rounds):
-            before = [self.parameters.activations.get(s or "") for s in inputs]
-            for operand, site, other, other_site in operands:
-                if site is None or site in done:
-                    continue
-                fixed: Tensor = getattr(sample, other)
-                if other_site is not None and other_site not in done:
-                    heads = sample.head[:, None, None]
-                    fixed = Candidates.of(self.parameters.uniform(other_site))(fixed, heads)[0]
-                elif other_site is not None and self.parameters.uniform(other_site).axis is None:
-                    fixed = self.parameters.uniform(other_site)(fixed)
-                evaluate = partial(product_errors, sample, operand, fixed)
-                cost = sample.a.shape[-1] * sample.y.numel()
+            before = [self.parameters.activations[s] for s in free]
+            for site in free:
+                readers = [n for n in names if site in inputs[n]]
+                errors = [self._product_errors(n, inputs[n], site) for n in readers]
+
+                def evaluate(candidates: Candidates, errors: list[Evaluate] = errors) -> Tensor:
+                    return torch.cat([error(candidates) for error in errors], 1)
+
+                cost = sum(self.samples[n].a.shape[-1] * self.samples[n].y.numel() for n in readers)
                 self._choose(self.activations[site], evaluate, round_, cost, per_channel=by_head[site])
-            if all(self.parameters.activations.get(s or "") is b for s, b in zip(inputs, before, strict=True)):
+            if all(self.parameters.activations[s] is b for s, b in zip(free, before, strict=True)):
                 break
+
+    def _product_errors(self, name: str, inputs: list[str | None], site: str) -> Evaluate:
+        """Error of a product as a share of its energy, by candidates of one site, the other operand coded as it is."""
+        sample: ProductSample = self.samples[name]
+        operands = "".join(o for o, s in zip("ab", inputs, strict=True) if s == site)
+        other, other_site = (sample.b, inputs[1]) if operands == "a" else (sample.a, inputs[0])
+        if other_site is not None and operands != "ab":
+            quantizer = self.parameters.uniform(other_site)
+            if quantizer.axis is None or self._is_by_head(name, other_site):
+                other = Candidates.of(quantizer)(other, sample.head[:, None, None])[0]
+        energy = product_error(sample, torch.zeros_like(sample.a), sample.b).clamp_min(torch.finfo().tiny)
+
+        def evaluate(candidates: Candidates) -> Tensor:
+            return product_errors(sample, operands, other, candidates) / energy
+
+        return evaluate
 
     def _is_by_head(self, name: str, site: str) -> bool:
         """Whether the channel axis of a product's operand holds its heads."""
@@ -246,3 +262,16 @@ class LayerSearch:
         space = self.spaces.activation(site)
         chosen = search(space, extremes, evaluate, start, separable=separable, cost=cost, again=round_ > 0)
         self.parameters.activations[site.value] = chosen.quantizer
+
+
+def _linked(products: list[str], sites: dict[str, set[str]]) -> list[list[str]]:
+    """Products in groups that share no site, in their order; those without a site of their own are left out."""
+    groups: list[tuple[list[str], set[str]]] = []
+    for name in products:
+        if not sites[name]:
+            continue
+        met = [g for g in groups if g[1] & sites[name]]
+        names, shared = [n for g in met for n in g[0]], set().union(*(g[1] for g in met))
+        groups = [g for g in groups if g not in met]
+        groups.append(([*names, name], shared | sites[name]))
+    return [names for names, _ in groups]
