@@ -3,6 +3,7 @@
     python benchmarks/speed.py mobilevit_xxs --input-size 256 --threads 2
     python benchmarks/speed.py mobilevit_s --input-size 256 --target simulate
     python benchmarks/speed.py mobilevit_xxs --input-size 256 --pictures 64
+    python benchmarks/speed.py deit_tiny_patch16_224 --depth 6
 
 W8A8, 32 of the built-in photographs unless told otherwise, all granularities and schemes that the target executes, 3
 rounds. Weights are random unless --weights names some: time hardly depends on them. Steps that others contain are
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import timm
 import torch
 
 from qhyvit import pipeline
@@ -31,7 +33,7 @@ STEPS: list[tuple[Any, str, str]] = [
     (method, "set_ranges", "statistics and start ranges"),
     (method, "gather", "sampling (part of it in evening out)"),
     (LayerSearch, "layers", "search: layers"),
-    (LayerSearch, "_product", "search: products"),
+    (LayerSearch, "_products", "search: products"),
     (LayerSearch, "_value", "search: single values"),
     (method, "reconstruct_bridges", "bridge blocks"),
     (pipeline, "correct_biases", "biases"),
@@ -46,13 +48,15 @@ def main() -> None:
     parser.add_argument("--input-size", type=int)
     parser.add_argument("--target", default="onnxruntime")
     parser.add_argument("--pictures", type=int, default=32)
+    parser.add_argument("--depth", type=int, help="blocks of a timm transformer, instead of its own number")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     spent = {label: [0.0, 0.0] for _, _, label in STEPS}
     for owner, name, label in STEPS:
         setattr(owner, name, _timed(getattr(owner, name), spent[label]))
-    loaded = load_model(args.model, weights=args.weights, input_size=args.input_size)
+    net = timm.create_model(args.model, depth=args.depth) if args.depth else args.model
+    loaded = load_model(net, weights=args.weights, input_size=args.input_size)
     wall, cpu = time.perf_counter(), time.process_time()
     quantized = pipeline.quantize(
         loaded, calib="photos", method="qhyvit", target=args.target, calibration={"size": args.pictures}
