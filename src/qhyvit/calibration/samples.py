@@ -90,6 +90,8 @@ def positions(score: Tensor | None, extremes: Tensor, count: int, generator: tor
         probability = (0.5 * share + 0.5 / size).cpu()
         drawn = torch.multinomial(probability, count, replacement=True, generator=generator)
         importance = 1 / (count * probability.gather(1, drawn))
+    taken = torch.zeros(groups, size, dtype=torch.bool).scatter_(1, top, True).gather(1, drawn)
+    importance = importance.masked_fill(taken, 0.0)  # extremes count once, for themselves
     return torch.cat([drawn, top], 1), torch.cat([importance, torch.ones(top.shape)], 1)
 
 
