@@ -223,6 +223,35 @@ def test_channels_are_evened_out_only_if_new_pictures_gain_by_it(red: float, eve
     assert evened in qhyvit(case).notes[0]
 
 
+class Mild(Spread):
+    """Channels four times apart, at all positions or at one."""
+
+    pool = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.no_grad():
+            self.first.weight[:4] *= 25
+            self.second.weight[:, :4] /= 25
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.second(self.first(nn.functional.avg_pool2d(x, self.pool))).mean((2, 3)))
+        return out
+
+
+class MildPooled(Mild):
+    pool = SIDE
+
+
+@pytest.mark.parametrize(("net", "evened"), [(Mild, "1 residual streams"), (MildPooled, "0 residual streams")])
+def test_a_small_gain_is_believed_only_if_many_numbers_tell_of_it(net: type[nn.Module], evened: str) -> None:
+    case = problem("w8a4", net=net, balance=True)
+    images = torch.cat(list(case.pictures()))
+    images += torch.sign(torch.randn(8, 3, 1, 1))  # pooled, pictures still differ
+    case.pictures = lambda: iter(images.split(4))
+    assert evened in qhyvit(case).notes[0]
+
+
 def test_a_problem_on_some_of_its_pictures() -> None:
     case = problem()
     whole = torch.cat(list(case.pictures()))
