@@ -9,7 +9,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from tables import gathered, table  # noqa: E402
+from tables import gathered, table
 
 
 def row(method: str, bits: str, top1: float, sqnr: float, std: float | None = None, seeds: int = 1) -> dict[str, Any]:
