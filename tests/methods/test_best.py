@@ -45,11 +45,13 @@ def test_options_are_checked() -> None:
     assert "qhyvit" in METHODS["best"].description
 
 
-@pytest.mark.parametrize(("error_of_mse", "kept"), [(0.95, "qhyvit"), (0.9, "mse")])
-def test_ranges_of_mse_are_kept_only_where_clearly_closer(
-    monkeypatch: pytest.MonkeyPatch, error_of_mse: float, kept: str
+@pytest.mark.parametrize(
+    ("plain", "refitted", "kept"), [(3.0, 0.95, "qhyvit"), (3.0, 0.9, "mse"), (5.0, 0.1, "qhyvit")]
+)
+def test_ranges_of_mse_are_kept_only_where_clearly_closer_and_not_far_off_before(
+    monkeypatch: pytest.MonkeyPatch, plain: float, refitted: float, kept: str
 ) -> None:
-    errors = iter([1.0, error_of_mse])
+    errors = iter([1.0, 1.0, plain, refitted])
     monkeypatch.setattr(best_module, "_error", lambda problem, parameters: next(errors))
     model = quantize(Hybrid(), calib=calibration(), input_size=SIDE, method="best")
     assert any(f"ranges of {kept} kept" in note for note in model.parameters.notes)
