@@ -18,16 +18,16 @@ def pictures(seed: int) -> torch.Tensor:
     return torch.rand(24, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
 
 
-def error(method: str, bits: str) -> float:
+def error(method: str, bits: str, seed: int) -> float:
     """Squared error of the logits on pictures that were not calibrated on, as a share of their square."""
-    model = quantize(Hybrid(), calib=pictures(0), input_size=SIDE, method=method, bits=bits)
+    model = quantize(Hybrid(), calib=pictures(seed), input_size=SIDE, method=method, bits=bits)
     with torch.no_grad():
-        wanted, found = model.graph(pictures(1)), model.simulation()(pictures(1))
+        wanted, found = model.graph(pictures(seed + 1)), model.simulation()(pictures(seed + 1))
     return float((found - wanted).square().sum() / wanted.square().sum())
 
 
 def test_it_loses_less_than_its_parts() -> None:
-    loss = {method: error(method, "w4a4") for method in ("mse", "qhyvit", "best")}
+    loss = {method: sum(error(method, "w4a4", seed) for seed in (0, 2, 4)) for method in ("mse", "qhyvit", "best")}
     assert loss["best"] < loss["qhyvit"] < loss["mse"]
 
 
@@ -45,15 +45,22 @@ def test_options_are_checked() -> None:
     assert "qhyvit" in METHODS["best"].description
 
 
-@pytest.mark.parametrize(
-    ("plain", "refitted", "kept"), [(3.0, 0.95, "qhyvit"), (3.0, 0.9, "mse"), (5.0, 0.1, "qhyvit")]
-)
-def test_ranges_of_mse_are_kept_only_where_clearly_closer_and_not_far_off_before(
-    monkeypatch: pytest.MonkeyPatch, plain: float, refitted: float, kept: str
+@pytest.mark.parametrize(("error_of_mse", "kept"), [(0.95, "qhyvit"), (0.9, "mse")])
+def test_ranges_of_mse_are_kept_only_where_clearly_closer(
+    monkeypatch: pytest.MonkeyPatch, error_of_mse: float, kept: str
 ) -> None:
-    errors = iter([1.0, 1.0, plain, refitted])
+    errors = iter([1.0, error_of_mse])
     monkeypatch.setattr(best_module, "_error", lambda problem, parameters: next(errors))
     model = quantize(Hybrid(), calib=calibration(), input_size=SIDE, method="best")
     assert any(f"ranges of {kept} kept" in note for note in model.parameters.notes)
     assert ("overflow" in model.parameters.report) == (kept == "qhyvit")  # only qhyvit counts them
     assert verify(model, calibration()).sqnr_db > 40  # graph, sites and parameters are those of one attempt
+
+
+def test_it_judges_by_what_the_target_computes() -> None:
+    """Here mse's refitted weights look good in float arithmetic (36 dB) and are 20 dB worse in integers."""
+    model = quantize(Hybrid(), calib=pictures(0), input_size=SIDE, method="best", bits="w4a4")
+    with torch.no_grad():
+        wanted, found = model.graph(pictures(0)), model.simulation()(pictures(0))
+    decibels = 10 * torch.log10(wanted.square().sum() / (found - wanted).square().sum())
+    assert f"ranges of qhyvit kept; on the calibration pictures qhyvit {decibels:.1f} dB" in model.parameters.notes[-1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -18,7 +18,6 @@ from qhyvit.methods.options import read_options
 from qhyvit.quantized import Parameters, QuantizedModel
 
 CLEARLY = 0.93  # of the other's error, 0.3 dB: less than that tells nothing about other pictures
-FAR = 4.0  # times the other's error before weights are refitted, 6 dB: more than refitting can make up for
 
 
 @dataclass(frozen=True)
@@ -41,58 +40,48 @@ def best(problem: Problem) -> Parameters:
     rounded so that they make up for each other (method erq, arXiv 2407.06794); biases by the error behind activation
     functions. The same once more from ranges of method mse, which takes little time and is kept where it leaves the
     logits clearly closer to the float net's on the calibration pictures: plain ranges can be better once weights are
-    refitted. Ranges that are far worse before that are left alone: refitted, they only look good on the pictures at hand.
+    refitted.
 
     Options (defaults): base auto.
     """
     asked = read_options(Options, "best", problem.recipe.options).base
     bases: tuple[Base, ...] = ("qhyvit", "mse") if asked == "auto" else (asked,)
-    tried: list[_Attempt] = []
-    for base in bases:
-        attempt = _started(problem, base)
-        if not tried or attempt.plain < FAR * tried[0].plain:
-            tried.append(_carried_through(attempt))
+    tried = [_carried_through(problem, base) for base in bases]
     first, last = tried[0], tried[-1]
     found = last if last.error < CLEARLY * first.error else first
     problem.graph, problem.sites = found.problem.graph, found.problem.sites
     if len(bases) > 1:
         scores = ", ".join(f"{a.base} {-10 * math.log10(a.error):.1f} dB" for a in tried)
-        far = "" if len(tried) > 1 else "; those of mse alone are too far off to be refitted"
-        found.parameters.notes.append(f"best: ranges of {found.base} kept; on the calibration pictures {scores}{far}")
+        found.parameters.notes.append(f"best: ranges of {found.base} kept; on the calibration pictures {scores}")
     return found.parameters
 
 
 @dataclass(frozen=True)
 class _Attempt:
-    """Errors with a base's ranges alone, and with refitted weights, which fit the calibration pictures, too."""
-
     base: Base
     problem: Problem
     parameters: Parameters
-    plain: float
-    error: float = math.inf
+    error: float
 
 
-def _started(problem: Problem, base: Base) -> _Attempt:
-    """One base's ranges, on a copy of the graph."""
+def _carried_through(problem: Problem, base: Base) -> _Attempt:
+    """From one base's ranges to compensated weights, on a copy of the graph."""
     own = copy.copy(problem)
     own.graph = copy_graph(problem.graph)
     parameters = on_base(own, base)
+    compensate(own, parameters, Compensation())
+    parameters.correct_biases = True
     return _Attempt(base, own, parameters, _error(own, parameters))
 
 
-def _carried_through(attempt: _Attempt) -> _Attempt:
-    """With compensated weights."""
-    compensate(attempt.problem, attempt.parameters, Compensation())
-    attempt.parameters.correct_biases = True
-    return replace(attempt, error=_error(attempt.problem, attempt.parameters))
-
-
 def _error(problem: Problem, parameters: Parameters) -> float:
-    """Squared error of the logits on the calibration pictures, biases corrected, as a share of their square."""
+    """Squared error of the logits on the calibration pictures, biases corrected, as a share of their square.
+
+    Computed as the target computes: in float arithmetic the same codes can look far better than they are.
+    """
     corrected = copy.copy(parameters)
     corrected.biases = dict(parameters.biases)
-    model = QuantizedModel(problem.graph, problem.sites, corrected, problem.recipe, {}, False)
+    model = QuantizedModel(problem.graph, problem.sites, corrected, problem.recipe, {}, problem.target.integer_bias)
     correct_biases(model, problem.pictures())
     simulation, signal, noise = model.simulation(), 0.0, 0.0
     with torch.no_grad():
