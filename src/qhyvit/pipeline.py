@@ -108,7 +108,7 @@ def quantize(
         "calibration": {"source": pictures.source, "pictures": pictures.read},
         "report": parameters.report,
     }
-    quantized = QuantizedModel(problem.graph, problem.sites, parameters, recipe, info, target.integer_bias)
+    quantized = QuantizedModel(problem.graph, problem.sites, parameters, recipe, info, problem.integer_bias)
     target.check_parameters(quantized)
     target.settle(quantized)
     if recipe.bias_correction or parameters.correct_biases:

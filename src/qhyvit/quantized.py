@@ -89,11 +89,8 @@ class QuantizedModel:
 
     def bias_scale(self, node: str) -> Tensor | None:
         """Scale (C_out,) of a layer's int32 bias: input scale × weight scale; None without one input scale."""
-        quantizer = self._operand_quantizer(self.nodes[node], 0)
-        if quantizer is None:
-            return None
-        scale = quantizer.scale * self.parameters.weights[node].scale
-        return scale.expand(self.codes(node).shape[0]) if scale.ndim == 0 else scale
+        scale = bias_scale(self.sites, self.parameters, self.nodes[node])
+        return scale if scale is None or scale.ndim else scale.expand(self.codes(node).shape[0])
 
     @cached_property
     def nodes(self) -> dict[str, fx.Node]:
@@ -156,8 +153,7 @@ class QuantizedModel:
 
     def _operand_quantizer(self, node: fx.Node, position: int) -> UniformAffine | None:
         """Quantizer of an operand that consists of integer codes with one scale, else None."""
-        source = self.input_site(node, position)
-        return None if source is None else _integer_exact(self.parameters.activations[source])
+        return _operand_quantizer(self.sites, self.parameters, node, position)
 
     def _product(
         self, node: fx.Node, left: UniformAffine, right: UniformAffine | None, output: UniformAffine | None
@@ -177,10 +173,19 @@ class QuantizedModel:
         return IntegerProduct(operator, rest, left, None, weight, scale, channel_axis(node), output)
 
     def _rounded_bias(self, node: str) -> Tensor | None:
-        bias, scale = self.bias(node), self.bias_scale(node) if self.integer_bias else None
-        if bias is None or scale is None:
-            return bias
-        return integer_bias(bias, scale) * scale
+        bias = self.bias(node)
+        return rounded_bias(bias, self.bias_scale(node)) if self.integer_bias and bias is not None else bias
+
+
+def bias_scale(sites: Sites, parameters: Parameters, node: fx.Node) -> Tensor | None:
+    """Scale of a layer's int32 bias, (C_out,) or a scalar: input scale × weight scale; None without one input scale."""
+    quantizer = _operand_quantizer(sites, parameters, node, 0)
+    return None if quantizer is None else quantizer.scale * parameters.weights[node.name].scale
+
+
+def _operand_quantizer(sites: Sites, parameters: Parameters, node: fx.Node, position: int) -> UniformAffine | None:
+    source = source_site(sites, node, position)
+    return None if source is None else _integer_exact(parameters.activations[source])
 
 
 def _integer_exact(quantizer: Quantizer) -> UniformAffine | None:
@@ -204,3 +209,8 @@ def integer_bias(bias: Tensor, scale: Tensor) -> Tensor:
     """Bias codes: round(bias / scale), kept inside int32; float64 while they are counted, returned in bias's dtype."""
     limit = 2.0**31 - 128  # the largest float32 below 2³¹
     return torch.round(bias.double() / scale.double()).clamp(-limit, limit).to(bias.dtype)
+
+
+def rounded_bias(bias: Tensor, scale: Tensor | None) -> Tensor:
+    """A bias (C_out,) as its int32 codes hold it; unchanged where there is no scale for them (None)."""
+    return bias if scale is None else integer_bias(bias, scale) * scale

@@ -72,7 +72,7 @@ def test_the_mean_error_vanishes_where_no_activation_function_reads(changes: dic
     step = model.bias_scale(name)  # biases are whole multiples of it, where they are integers
     rounding = 1e-5 if step is None or not model.integer_bias else float(step.max())
     assert (before - wanted).abs().max() > max(2e-3, 2 * rounding)
-    assert (after - wanted).abs().max() < 2 * rounding  # its own, and what those before it leave
+    assert (after - wanted).abs().max() < 0.5 * rounding + 1e-5  # its own: it made up for those before it
 
 
 @pytest.mark.parametrize("changes", CHANGES)

@@ -24,7 +24,8 @@ def correct_biases(model: QuantizedModel, batches: Iterable[Tensor]) -> None:
     Where an activation function f alone reads the output: b = argmin Σ (f(ŷ + b) - f(y))² per output channel. A mean
     error taken out before f comes back behind it, as f bends the noise around the mean. Elsewhere
     b = mean(y) - mean(ŷ) (DFQ, arXiv 1906.04721), which is the same with f the identity. y is the output in the float
-    network, ŷ in the quantized one. No layer is skipped for a bias of zero. Uses the first `PICTURES` pictures at most.
+    network, ŷ in the quantized one, where each bias is rounded as it is stored. No layer is skipped for a bias of zero.
+    Uses the first `PICTURES` pictures at most.
 
     Args:
         model: changed in place (`parameters.biases`).
@@ -41,11 +42,14 @@ def correct_biases(model: QuantizedModel, batches: Iterable[Tensor]) -> None:
                 continue
             clean, noisy = prefix.clean[node.name], prefix.noisy[node.name]
             shift = _shift(node, clean, noisy)
+            used = prefix.execution.bias(node)
+            used = torch.zeros_like(shift) if used is None else used
+            parameters.biases[node.name] = used + shift
+            stored = prefix.execution.bias(node)
+            assert stored is not None
             view = [1] * noisy[0].ndim
             view[channel_axis(node)] = -1
-            prefix.noisy[node.name] = [value + shift.view(view) for value in noisy]
-            bias = model.bias(node.name)
-            parameters.biases[node.name] = (shift if bias is None else bias + shift).clone()
+            prefix.noisy[node.name] = [value + (stored - used).view(view) for value in noisy]
             advance(1)
 
 

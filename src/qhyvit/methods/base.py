@@ -64,6 +64,11 @@ class Problem:
         """What the quantized net is for."""
         return TARGETS[self.recipe.target]
 
+    @property
+    def integer_bias(self) -> bool:
+        """Whether biases are rounded to int32 at the scale of their accumulator."""
+        return self.target.integer_bias
+
     def bits(self, site: WeightSite | ActivationSite) -> LayerBits:
         """The recipe's settings for a site, overrides applied.
 

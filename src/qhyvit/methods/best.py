@@ -81,7 +81,7 @@ def _error(problem: Problem, parameters: Parameters) -> float:
     """
     corrected = copy.copy(parameters)
     corrected.biases = dict(parameters.biases)
-    model = QuantizedModel(problem.graph, problem.sites, corrected, problem.recipe, {}, problem.target.integer_bias)
+    model = QuantizedModel(problem.graph, problem.sites, corrected, problem.recipe, {}, problem.integer_bias)
     correct_biases(model, problem.pictures())
     simulation, signal, noise = model.simulation(), 0.0, 0.0
     with torch.no_grad():

@@ -13,9 +13,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx
 
-from qhyvit.graph.ops import constant
+from qhyvit.graph.ops import constant, weight_of
 from qhyvit.graph.sites import Sites
-from qhyvit.quantized import Parameters
+from qhyvit.quantized import Parameters, bias_scale, rounded_bias
 
 
 class Net(Protocol):
@@ -29,6 +29,10 @@ class Net(Protocol):
     def sites(self) -> Sites:
         """Where quantizers stand."""
 
+    @property
+    def integer_bias(self) -> bool:
+        """Whether biases are rounded to int32."""
+
 
 class Execution:
     """Runs single nodes of a graph, with quantizers in place or without.
@@ -39,7 +43,7 @@ class Execution:
     """
 
     def __init__(self, net: Net, parameters: Parameters) -> None:
-        self.graph, self.parameters = net.graph, parameters
+        self.net, self.graph, self.parameters = net, net.graph, parameters
         self.layers = {s.node for s in net.sites.weights}
         self.sites = {(reader, s.value) for s in net.sites.activations for reader in s.readers}
 
@@ -51,10 +55,7 @@ class Execution:
         """The same in the quantized network: operands through their quantizers, weights and biases as they stand."""
         args, kwargs = self.operands(node, values)
         if node.name in self.layers:
-            weight, bias = self.layer(node, args[1])
-            args[1] = weight
-            if bias is not None:
-                args[2:3] = [bias]
+            args[1:3] = self.layer(node, args[1])
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def operands(self, node: fx.Node, values: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
@@ -67,10 +68,20 @@ class Execution:
         return list(fx.node.map_arg(node.args, coded)), dict(fx.node.map_arg(node.kwargs, coded))
 
     def layer(self, node: fx.Node, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Dequantized weight of a layer, and its bias where that was changed."""
+        """Dequantized weight of a layer, and its bias as it is stored."""
         quantizer, codes = self.parameters.weights[node.name], self.parameters.codes.get(node.name)
         values = quantizer(weight) if codes is None else quantizer.dequantize(codes)
-        return values, self.parameters.biases.get(node.name)
+        return values, self.bias(node)
+
+    def bias(self, node: fx.Node) -> Tensor | None:
+        """Bias (C_out,) of a layer, rounded where the target does so."""
+        bias = self.parameters.biases.get(node.name)
+        if bias is None:
+            found = weight_of(self.graph, node)
+            bias = None if found is None else found[1]
+        if bias is None or not self.net.integer_bias:
+            return bias
+        return rounded_bias(bias, bias_scale(self.net.sites, self.parameters, node))
 
     def _read(self, n: fx.Node, values: dict[str, Any]) -> Any:
         return constant(self.graph, n) if n.op == "get_attr" else values[n.name]
