@@ -8,10 +8,14 @@ import pytest
 import torch
 
 from hybrid import SIDE, Hybrid, logits, problem
+from qhyvit.data.views import with_views
 from qhyvit.errors import RecipeError
+from qhyvit.graph.ops import weight_of
 from qhyvit.methods import METHODS, Problem
+from qhyvit.methods.erq import HELD_OUT
 from qhyvit.pipeline import quantize
 from qhyvit.quantized import Parameters, QuantizedModel
+from qhyvit.search.ridge import Moments, choose_rho, moments
 from qhyvit.verification import verify
 from tiny import calibration
 
@@ -62,7 +66,25 @@ def test_a_runtime_computes_what_is_simulated(base: str) -> None:
         assert torch.equal(model.codes(node), codes)
 
 
-@pytest.mark.parametrize("options", [{"base": "kl"}, {"rho": [0]}, {"ridge": 1}])
+def test_all_views_of_the_held_out_pictures_are_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, found = problem("w4a4", base="mse", views=3), []
+
+    def watch(fit: Moments, held_out: Moments | None, candidates: tuple[float, ...]) -> float | None:
+        found.append(held_out)
+        return choose_rho(fit, held_out, candidates)
+
+    batches = list(torch.cat(list(case.pictures())).split(1))
+    case.pictures = lambda: iter(batches)
+    monkeypatch.setattr("qhyvit.methods.erq.choose_rho", watch)
+    parameters = METHODS["erq"](case)
+    stem = next(n for n in case.graph.graph.nodes if n.name == case.sites.weights[0].node)
+    quantizer, (weight, _) = parameters.activations[stem.args[0].name], weight_of(case.graph, stem) or (None, None)
+    views = with_views(batches, 3, case.recipe.seed)[HELD_OUT - 1 :: HELD_OUT]
+    expected = [moments(stem, weight, x, quantizer(x)).gram for pictures in views for x in pictures]
+    torch.testing.assert_close(found[0].gram, sum(expected))
+
+
+@pytest.mark.parametrize("options", [{"base": "kl"}, {"rho": [0]}, {"ridge": 1}, {"views": 0}])
 def test_options_are_checked(options: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match="recipe key 'options"):
         METHODS["erq"](problem(**options))

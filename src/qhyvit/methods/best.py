@@ -17,6 +17,8 @@ from qhyvit.methods.erq import Options as Compensation
 from qhyvit.methods.options import read_options
 from qhyvit.quantized import Parameters, QuantizedModel
 
+VIEWS = 8  # of each calibration picture at most, where the last layers see few numbers of each to fit weights to
+PIXELS = 1 << 20  # of all views together
 CLEARLY = 0.93  # of the other's error, 0.3 dB: less than that tells nothing about other pictures
 
 
@@ -37,10 +39,10 @@ def best(problem: Problem) -> Parameters:
 
     In this order: channels evened out, scales, granularities and schemes by reconstruction error, bridge blocks (method
     qhyvit); each layer's weights refitted in closed form to the quantized inputs that the layers before it give, and
-    rounded so that they make up for each other (method erq, arXiv 2407.06794); biases by the error behind activation
-    functions. The same once more from ranges of method mse, which takes little time and is kept where it leaves the
-    logits clearly closer to the float net's on the calibration pictures: plain ranges can be better once weights are
-    refitted.
+    rounded so that they make up for each other (method erq, arXiv 2407.06794), over random crops of small pictures too;
+    biases by the error behind activation functions. The same once more from ranges of method mse, which takes little
+    time and is kept where it leaves the logits clearly closer to the float net's on the calibration pictures: plain
+    ranges can be better once weights are refitted.
 
     Options (defaults): base auto.
     """
@@ -69,9 +71,15 @@ def _carried_through(problem: Problem, base: Base) -> _Attempt:
     own = copy.copy(problem)
     own.graph = copy_graph(problem.graph)
     parameters = on_base(own, base)
-    compensate(own, parameters, Compensation())
+    compensate(own, parameters, Compensation(views=_views(problem)))
     parameters.correct_biases = True
     return _Attempt(base, own, parameters, _error(own, parameters))
+
+
+def _views(problem: Problem) -> int:
+    height, width = next(problem.pictures()).shape[-2:]
+    pictures = min(problem.picture_count, Compensation().pictures)
+    return min(VIEWS, max(1, PIXELS // (pictures * height * width)))
 
 
 def _error(problem: Problem, parameters: Parameters) -> float:

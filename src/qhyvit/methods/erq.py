@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, fx
 
+from qhyvit.data.views import with_views
 from qhyvit.graph.ops import CONVOLUTIONS, argument, is_call, weight_of
 from qhyvit.graph.sites import WeightSite
 from qhyvit.methods.base import Problem
@@ -26,7 +27,7 @@ from qhyvit.search.rounding import Grid, compensated, quadratic
 
 Base = Literal["mse", "repqvit", "qhyvit"]
 BASES: dict[str, Callable[[Problem], Parameters]] = {"mse": mse, "repqvit": repqvit, "qhyvit": qhyvit}
-HELD_OUT = 4  # every so-manieth batch is not fitted on
+HELD_OUT = 4  # every so-manieth batch, with all its views, is not fitted on
 DAMPING = 1e-2  # least ridge of the rounding, against codes fitted to few rows
 FACTORS = torch.linspace(0.7, 1.15, 19, dtype=torch.float64)  # of the base's weight scales
 
@@ -44,6 +45,7 @@ class Options:
         rescale: search the weight scales again for the changed weights.
         flips: refinements of a row's codes at each halving, at most.
         pictures: of the calibration pictures, at most.
+        views: of each picture that weights are fitted to, in all: itself and random crops (not in the paper).
     """
 
     base: Base = "mse"
@@ -53,6 +55,7 @@ class Options:
     rescale: bool = True
     flips: Annotated[int, Field(ge=0)] = 100
     pictures: Annotated[int, Field(ge=1)] = 64
+    views: Annotated[int, Field(ge=1)] = 1
 
 
 def erq(problem: Problem) -> Parameters:
@@ -68,7 +71,7 @@ def erq(problem: Problem) -> Parameters:
     there is one more round of flips for the whole row; weight scales are searched again (0.7 to 1.15 times the base's).
 
     Options (defaults): base mse, inputs quantized, rho [1e-4, 1e-3, 1e-2, 1e-1], weights compensate, rescale true,
-    flips 100, pictures 64.
+    flips 100, pictures 64, views 1.
     """
     options = read_options(Options, "erq", problem.recipe.options)
     parameters = on_base(problem, options.base)
@@ -94,7 +97,8 @@ def compensate(problem: Problem, parameters: Parameters, options: Options) -> No
         parameters: scales and zero points; changed in place.
         options: the method's.
     """
-    prefix = Prefix(problem, parameters, first_batches(problem.pictures(), options.pictures))
+    pictures = with_views(first_batches(problem.pictures(), options.pictures), options.views, problem.recipe.seed)
+    prefix = Prefix(problem, parameters, [view for views in pictures for view in views])
     sites = {s.node: s for s in problem.sites.weights}
     report, left = [], 0
     with torch.no_grad(), task("Compensating", len(sites)) as advance:
@@ -152,7 +156,7 @@ class _Layer:
         for batch in range(self.prefix.batches):
             x = self.prefix.clean[source][batch]
             coded = execution.operands(node, self.prefix.at(values, node, batch))[0][0]
-            part = batch % HELD_OUT == HELD_OUT - 1
+            part = batch // self.options.views % HELD_OUT == HELD_OUT - 1
             found, so_far = moments(node, self.weight, x, coded), parts[part]
             parts[part] = found if so_far is None else so_far + found
         assert parts[0] is not None
