@@ -77,6 +77,7 @@ def _carried_through(problem: Problem, base: Base) -> _Attempt:
 
 
 def _views(problem: Problem) -> int:
+    """How many views of each picture to fit weights to, so that a walk holds values of few pixels at a time."""
     height, width = next(problem.pictures()).shape[-2:]
     pictures = min(problem.picture_count, Compensation().pictures)
     return min(VIEWS, max(1, PIXELS // (pictures * height * width)))
@@ -85,7 +86,7 @@ def _views(problem: Problem) -> int:
 def _error(problem: Problem, parameters: Parameters) -> float:
     """Squared error of the logits on the calibration pictures, biases corrected, as a share of their square.
 
-    Computed as the target computes: in float arithmetic the same codes can look far better than they are.
+    Computed as the target computes, rounded biases and all.
     """
     corrected = copy.copy(parameters)
     corrected.biases = dict(parameters.biases)
