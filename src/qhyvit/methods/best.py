@@ -77,7 +77,7 @@ def _carried_through(problem: Problem, base: Base) -> _Attempt:
 
 
 def _views(problem: Problem) -> int:
-    """How many views of each picture to fit weights to, so that a walk holds values of few pixels at a time."""
+    """How many views of each picture to fit weights to: no more pixels than 16 pictures of 256×256 have."""
     height, width = next(problem.pictures()).shape[-2:]
     pictures = min(problem.picture_count, Compensation().pictures)
     return min(VIEWS, max(1, PIXELS // (pictures * height * width)))
