@@ -58,7 +58,7 @@ def test_ranges_of_mse_are_kept_only_where_clearly_closer(
 
 
 def test_it_judges_by_what_the_target_computes() -> None:
-    """Here by 0.2 dB another number than in float arithmetic; 20 dB it was while biases were fitted unrounded."""
+    """Its decibels are those of rounded biases, which here differ by 0.2 dB from those of float ones."""
     model = quantize(Hybrid(), calib=pictures(0), input_size=SIDE, method="best", bits="w4a4")
     with torch.no_grad():
         wanted, found = model.graph(pictures(0)), model.simulation()(pictures(0))

@@ -78,7 +78,8 @@ def test_all_views_of_the_held_out_pictures_are_held_out(monkeypatch: pytest.Mon
     monkeypatch.setattr("qhyvit.methods.erq.choose_rho", watch)
     parameters = METHODS["erq"](case)
     stem = next(n for n in case.graph.graph.nodes if n.name == case.sites.weights[0].node)
-    quantizer, (weight, _) = parameters.activations[stem.args[0].name], weight_of(case.graph, stem) or (None, None)
+    weight, _ = weight_of(case.graph, stem)  # type: ignore[misc]
+    quantizer = parameters.activations[stem.args[0].name]
     views = with_views(batches, 3, case.recipe.seed)[HELD_OUT - 1 :: HELD_OUT]
     expected = [moments(stem, weight, x, quantizer(x)).gram for pictures in views for x in pictures]
     torch.testing.assert_close(found[0].gram, sum(expected))
