@@ -135,7 +135,8 @@ def modules(graph: fx.GraphModule, ports: tuple[Any, ...]) -> list[str]:
 def drawn(stream: Stream, seed: int) -> tuple[Stream, Tensor, Tensor]:
     rng = torch.Generator().manual_seed(seed)
     factor = torch.exp(2 * torch.randn(stream.size, generator=rng, dtype=torch.float64))
-    return stream, factor, 5 * torch.randn(stream.size, generator=rng, dtype=torch.float64) * stream.shiftable
+    may = stream.shiftable | stream.past_padding
+    return stream, factor, 5 * torch.randn(stream.size, generator=rng, dtype=torch.float64) * may
 
 
 class Inputs(fx.Interpreter):
@@ -156,10 +157,10 @@ class Inputs(fx.Interpreter):
 @pytest.mark.parametrize("function", NETS)
 def test_all_streams_can_be_rewritten_without_changing_the_output(function: Callable[[Net, Tensor], Tensor]) -> None:
     net, graph = captured(function)
-    streams = find_streams(graph)
-    assert streams
     x = pictures(3, SIZE, torch.float64)
     for seed in range(3):  # on top of each other
+        streams = find_streams(graph)
+        assert streams
         rescale_streams(graph, [drawn(stream, seed) for stream in streams])
         assert difference(net, graph, x) <= 1e-10
 
@@ -316,12 +317,29 @@ def test_relu_passes_factors_where_asked_but_never_offsets() -> None:
     assert not bool(stream.shiftable.any())
 
 
-def test_padding_allows_factors_but_no_offset() -> None:
-    _, graph = captured(lambda net, x: net.linear("head", net.conv("b", net.conv("a", x, 4), 4, 3, 1).flatten(1), 5))
-    padded = next(s for s in find_streams(graph) if modules(graph, s.producers) == ["a"])
-    assert not bool(padded.shiftable.any())
+def padded_chain(net: Net, x: Tensor) -> Tensor:
+    return net.linear("head", net.conv("b", net.conv("a", x, 4), 4, 3, 1).flatten(1), 5)
+
+
+def test_an_offset_before_padding_leaves_one_addition_however_often_it_is_changed() -> None:
+    net, graph = captured(padded_chain)
+    for _ in range(2):
+        padded = next(s for s in find_streams(graph) if modules(graph, s.producers) == ["a"])
+        assert not bool(padded.shiftable.any())
+        assert bool(padded.past_padding.all())
+        rescale_stream(graph, padded, torch.ones(4), torch.arange(4.0))
+        assert difference(net, graph, pictures(2, SIZE, torch.float64)) <= 1e-12
+        (added,) = (n for n in graph.graph.nodes if n.target == torch.ops.aten.add.Tensor)
+        border = graph.get_buffer(added.args[1].target)
+        assert bool((border[:, 1:-1, 1:-1] == 0).all())  # the same pictures' inside needs none
+        assert bool((border[:, 0] != 0).all())
+
+
+def test_an_offset_does_not_pass_relu() -> None:
+    _, graph = captured(lambda net, x: net.linear("head", F.relu(net.conv("a", x, 4)).mean((2, 3)), 5))
+    (stream,) = find_streams(graph, relu=True)
     with pytest.raises(ValueError, match="cannot be shifted"):
-        rescale_stream(graph, padded, torch.ones(4), torch.ones(4))
+        rescale_stream(graph, stream, torch.ones(4), torch.ones(4))
 
 
 @pytest.mark.parametrize(

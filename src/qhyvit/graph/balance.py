@@ -13,7 +13,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, fx
 
-from qhyvit.graph.affine import is_padded, per_input_channel
+from qhyvit.graph.affine import is_padded
 from qhyvit.graph.channels import consumers
 from qhyvit.graph.ops import (
     WEIGHTED,
@@ -27,6 +27,7 @@ from qhyvit.graph.ops import (
     shape,
     weight_of,
 )
+from qhyvit.graph.undoing import undo
 
 
 def foldable(graph: fx.GraphModule, value: fx.Node, axis: int, readers: Collection[str]) -> bool:
@@ -41,7 +42,7 @@ def foldable(graph: fx.GraphModule, value: fx.Node, axis: int, readers: Collecti
 
 
 def shiftable(graph: fx.GraphModule, value: fx.Node, axis: int, readers: Collection[str]) -> bool:
-    """Whether an offset is exact: no layer behind pads with zeros, which would have to become -m / t."""
+    """Whether an offset costs nothing behind it: no layer there pads with zeros, which would have to become -m / t."""
     layers = consumers(graph, value, axis, readers)
     return layers is not None and not any(is_padded(layer) for layer, _ in layers)
 
@@ -63,23 +64,17 @@ def balance(
         The node that now holds the changed value; `value` itself where all was folded into its producer.
 
     Raises:
-        ValueError: if a reader leads to something else than layers, or an offset meets zero padding.
+        ValueError: if a reader leads to something else than layers.
     """
     layers = consumers(graph, value, axis, readers)
-    shifted = bool(offset.any())
-    if layers is None or (shifted and not shiftable(graph, value, axis, readers)):
+    if layers is None:
         raise ValueError(f"{value.name} cannot be balanced")
     for layer, index in layers:
-        weight, bias = weight_of(graph, layer)  # type: ignore[misc]
-        groups = argument(layer, "groups", 1) or 1
-        if shifted:
-            moved = (weight * per_input_channel(offset[index], weight, groups)).flatten(1).sum(1)
-            bias = moved if bias is None else bias + moved
-        set_weight(graph, layer, weight * per_input_channel(factor[index], weight, groups), bias)
+        undo(graph, layer, factor[index], offset[index])
     if foldable(graph, value, axis, readers):
         _into_producer(graph, value, factor, offset)
         return value
-    return _explicit(graph, value, axis, readers, factor, offset if shifted else None)
+    return _explicit(graph, value, axis, readers, factor, offset if bool(offset.any()) else None)
 
 
 def _into_producer(graph: fx.GraphModule, value: fx.Node, factor: Tensor, offset: Tensor) -> None:

@@ -36,7 +36,7 @@ class Fold:
     Attributes:
         site: where it is quantized.
         producer: the norm or layer, whose output it is.
-        shiftable: whether an offset is exact too (no layer behind pads with zeros).
+        shiftable: whether an offset is free too (no layer behind pads with zeros).
         layers: names of the layers that read it.
     """
 

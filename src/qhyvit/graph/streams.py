@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from qhyvit.graph.affine import per_input_channel
 from qhyvit.graph.ops import add_constant, argument, constant, is_call, set_weight, tidy, weight_of
 from qhyvit.graph.stream_offsets import arrivals, entering
 from qhyvit.graph.tracing import NORMS, End, Trace
 from qhyvit.graph.tracing_rules import FIXED, unspread
+from qhyvit.graph.undoing import undo
 
 UNCHANGED = -1
 
@@ -47,7 +47,8 @@ class Stream:
         values: names of the nodes, in graph order.
         producers, consumers: in graph order.
         size: number of channels, K.
-        shiftable: bool (K,): whether an offset of the channel reaches a consumer, exactly (never into zero padding).
+        shiftable: bool (K,): whether an offset of the channel reaches a consumer at no cost, never into zero padding.
+        past_padding: bool (K,): whether one does that meets zero padding, where an addition remains (`undoing.undo`).
     """
 
     values: tuple[str, ...]
@@ -55,6 +56,7 @@ class Stream:
     consumers: tuple[Port, ...]
     size: int
     shiftable: Tensor
+    past_padding: Tensor
 
 
 def find_streams(graph: fx.GraphModule, *, relu: bool = False) -> list[Stream]:
@@ -92,9 +94,9 @@ def rescale_stream(graph: fx.GraphModule, stream: Stream, factor: Tensor, offset
 
     Args:
         graph: the graph in which the stream was found; changed in place, its float output stays the same.
-        stream: one of `find_streams`; the others stay valid.
+        stream: one of `find_streams`; the others stay valid unless an offset went past padding.
         factor: t > 0, (K,).
-        offset: m, (K,), 0 where the stream is not shiftable; the share is 1 where consumers read most of it.
+        offset: m, (K,), 0 for channels that cannot be shifted; the share is 1 where consumers read most of it.
 
     Raises:
         ValueError: if shapes do not fit, a factor is not positive, or an offset would not be exact.
@@ -109,10 +111,11 @@ def rescale_streams(graph: fx.GraphModule, changes: Iterable[tuple[Stream, Tenso
         _check(*change)
     nodes = {node.name: node for node in graph.graph.nodes}
     for stream, factor, offset in asked:
-        for port in stream.consumers:
-            _undo(graph, nodes[port.node], *_at(port, factor, offset))
         for port in stream.producers:
             _change(graph, nodes[port.node], *_at(port, factor, offset))
+    for stream, factor, offset in asked:  # then, since a consumer's border map is in the units of its changed output
+        for port in stream.consumers:
+            undo(graph, nodes[port.node], *_at(port, factor, offset))
     tidy(graph)
 
 
@@ -121,7 +124,7 @@ def _check(stream: Stream, factor: Tensor, offset: Tensor) -> None:
         raise ValueError(f"factor and offset must be of shape ({stream.size},)")
     if not bool((factor > 0).all()) or not bool((torch.isfinite(factor) & torch.isfinite(offset)).all()):
         raise ValueError("factors must be positive, factors and offsets finite")
-    if bool(offset[~stream.shiftable].any()):
+    if bool(offset[~(stream.shiftable | stream.past_padding)].any()):
         raise ValueError(f"the stream of {stream.producers[0].node} cannot be shifted in all of these channels")
 
 
@@ -130,15 +133,6 @@ def _at(port: Port, factor: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
     t = torch.cat([factor.double().cpu(), torch.ones(1).double()])[port.channels]
     m = torch.cat([offset.double().cpu(), torch.zeros(1).double()])[port.channels] * port.share
     return t, m
-
-
-def _undo(graph: fx.GraphModule, layer: fx.Node, t: Tensor, m: Tensor) -> None:
-    weight, bias = weight_of(graph, layer)  # type: ignore[misc]
-    wide, groups = weight.double(), argument(layer, "groups", 1) or 1
-    if bool(m.any()):
-        moved = (wide * per_input_channel(m.to(weight.device), weight, groups)).flatten(1).sum(1)
-        bias = (moved if bias is None else bias + moved).to(weight.dtype)
-    set_weight(graph, layer, (wide * per_input_channel(t.to(weight.device), weight, groups)).to(weight.dtype), bias)
 
 
 def _change(graph: fx.GraphModule, producer: fx.Node, t: Tensor, m: Tensor) -> None:
@@ -209,15 +203,18 @@ def _stream(trace: Trace, roots: Tensor, values: dict[fx.Node, set[int]], nodes:
     present = {node: _marked(channel[torch.tensor(sorted(values[node]))], len(named)) for node in nodes}
     offsets = arrivals(trace.steps, nodes, present, {end.node: i for i, end in enumerate(producers)})
     rows = [torch.where(_marked(m, len(named)), offsets.at[end.source], 0.0) for end, m in reading]  # type: ignore[index]
-    wanted = [not end.padded for end, _ in reading] + [False] * len(offsets.blocked)
-    sent = entering(rows + offsets.blocked, wanted)
+    blocked = [False] * len(offsets.blocked)
+    free = entering(rows + offsets.blocked, [not end.padded for end, _ in reading] + blocked)
+    shiftable = (free != 0).any(0)
+    sent = torch.where(shiftable, free, entering(rows + offsets.blocked, [True] * len(rows) + blocked))
     received = torch.stack([(row.nan_to_num() * sent).sum(0) for row in rows])
     return Stream(
         tuple(node.name for node in nodes),
         tuple(_port(end, m, shares) for end, m, shares in zip(producers, maps, sent, strict=False)),
         tuple(_port(end, m, shares) for (end, m), shares in zip(reading, received, strict=True)),
         len(named),
-        (received != 0).any(0),
+        shiftable,
+        (received != 0).any(0) & ~shiftable,
     )
 
 

@@ -169,14 +169,14 @@ def _channel_parameters(fold: Fold, low: Tensor, high: Tensor, bits: int) -> tup
 
 
 def _scheme(fold: Fold) -> Scheme:
-    """Where an offset is not exact, channels share their zero point."""
+    """Where an offset would leave an addition (zero padding behind), channels share their zero point."""
     return "asymmetric" if fold.shiftable else "symmetric"
 
 
 def reparameterize(problem: Problem, fold: Fold, low: Tensor, high: Tensor, bits: int) -> UniformAffine:
     """Rewrite the graph so that one scale and zero point serve what had one for each channel.
 
-    Where an offset is not exact (zero padding behind), channels share the zero point and only scales are folded.
+    Where an offset would leave an addition (zero padding behind), channels share the zero point.
 
     Args:
         problem: its graph is changed, its float output is not.

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from qhyvit.calibration.samples import LayerSample
 from qhyvit.calibration.statistics import TensorStatistics
+from qhyvit.graph.affine import is_padded
 from qhyvit.graph.balance import balance, foldable, shiftable
 from qhyvit.graph.channels import consumers
 from qhyvit.graph.sites import ActivationSite
@@ -40,13 +41,13 @@ class Candidate:
     offset: Tensor
 
 
-def candidates(low: Tensor, high: Tensor, can_shift: bool) -> list[Candidate]:
-    """No change first, then all exponents without and, if allowed, with a shift to the channels' middles."""
+def candidates(low: Tensor, high: Tensor, shiftable: Tensor) -> list[Candidate]:
+    """No change first, then all exponents, without a shift and with one of the `shiftable` channels to their middle."""
     zero, one = torch.zeros_like(low), torch.ones_like(low)
     found = [Candidate(one, zero)]
-    for shift in (False, True) if can_shift else (False,):
-        offset = (low + high) / 2 if shift else zero
-        reach = (high - low) / 2 if shift else torch.maximum(low.abs(), high.abs())
+    for shift in (False, True) if bool(shiftable.any()) else (False,):
+        offset = torch.where(shiftable, (low + high) / 2, 0.0) if shift else zero
+        reach = torch.maximum((low - offset).abs(), (high - offset).abs())
         ratio = reach / reach.max().clamp_min(torch.finfo(low.dtype).tiny)
         ratio = torch.where(ratio > 0, ratio.clamp_min(SMALLEST), one)
         found += [Candidate(ratio**alpha, offset) for alpha in EXPONENTS]
@@ -68,11 +69,11 @@ def balance_all(problem: Problem, samples: dict[str, Any], errors: dict[str, Lay
     """
     nodes = {n.name: n for n in problem.graph.graph.nodes}
     changed = []
-    for site in problem.sites.activations:
+    for site in reversed(problem.sites.activations):  # an offset past padding changes who reads the layer behind it
         layers = consumers(problem.graph, nodes[site.value], site.channel_axis, site.readers)
         if layers is None or not all(isinstance(samples.get(n.name), LayerSample) for n, _ in layers):
             continue
-        chosen = _choose(problem, site, [(n.name, index) for n, index in layers], errors)
+        chosen = _choose(problem, site, layers, errors)
         if chosen is not None:
             balance(problem.graph, nodes[site.value], site.channel_axis, site.readers, chosen.factor, chosen.offset)
             changed.append(site.value)
@@ -82,19 +83,25 @@ def balance_all(problem: Problem, samples: dict[str, Any], errors: dict[str, Lay
 
 
 def _choose(
-    problem: Problem, site: ActivationSite, layers: list[tuple[str, Tensor]], errors: dict[str, LayerError]
+    problem: Problem, site: ActivationSite, layers: list[tuple[fx.Node, Tensor]], errors: dict[str, LayerError]
 ) -> Candidate | None:
     statistics = problem.statistics[site.value]
     if statistics.channel_low is None or statistics.channel_high is None:
         return None
     node = next(n for n in problem.graph.graph.nodes if n.name == site.value)
     low, high = statistics.channel_low.float(), statistics.channel_high.float()
-    can_shift = shiftable(problem.graph, node, site.channel_axis, site.readers)
-    tried = candidates(low, high, can_shift)
+    free = shiftable(problem.graph, node, site.channel_axis, site.readers)
+    tried = candidates(low, high, torch.ones_like(low).bool() if free else off_zero(low, high))
     found = [changed_error(problem, site, [_changed(c, low, high, *at) for at in layers], errors) for c in tried]
-    best = min(range(len(tried)), key=found.__getitem__)
-    gain = GAIN if foldable(problem.graph, node, site.channel_axis, site.readers) else EXPLICIT_GAIN
-    return tried[best] if found[best] < gain * belief(statistics) * found[0] else None
+    folds = foldable(problem.graph, node, site.channel_axis, site.readers)
+    gains = [GAIN if folds and (free or not bool(c.offset.any())) else EXPLICIT_GAIN for c in tried]
+    best = min(range(len(tried)), key=lambda i: found[i] / gains[i])
+    return tried[best] if found[best] < gains[best] * belief(statistics) * found[0] else None
+
+
+def off_zero(low: Tensor, high: Tensor) -> Tensor:
+    """Channels whose range does not hold 0: their zero points overflow. Before padding only these are shifted."""
+    return (low > 0) | (high < 0)
 
 
 def belief(statistics: TensorStatistics) -> float:
@@ -111,6 +118,7 @@ class ChangedInput:
         layer: its node name.
         factor, offset: t and m of each input channel, (C_in,).
         low, high: extremes of each input channel before the change, (C_in,).
+        padded: whether the layer pads with zeros; then channels that are shifted hold no other zeros (`off_zero`).
     """
 
     layer: str
@@ -118,10 +126,12 @@ class ChangedInput:
     offset: Tensor
     low: Tensor
     high: Tensor
+    padded: bool
 
 
-def _changed(candidate: Candidate, low: Tensor, high: Tensor, layer: str, index: Tensor) -> ChangedInput:
-    return ChangedInput(layer, candidate.factor[index], candidate.offset[index], low[index], high[index])
+def _changed(candidate: Candidate, low: Tensor, high: Tensor, layer: fx.Node, index: Tensor) -> ChangedInput:
+    t, m = candidate.factor[index], candidate.offset[index]
+    return ChangedInput(layer.name, t, m, low[index], high[index], is_padded(layer))
 
 
 def changed_error(
@@ -134,7 +144,9 @@ def changed_error(
     totals = torch.zeros(len(SHRINK))
     for change in layers:
         error = errors[change.layer]
-        t, m = error.per_position(change.factor), error.per_position(change.offset)
+        t, m = error.per_position(change.factor), error.per_position(change.offset).transpose(1, 2)
+        if change.padded and bool(m.any()):
+            m = torch.where(error.x == 0, 0.0, m)  # padding stays 0, and what the bias holds too much there is undone
         weight = error.weight * t
         axis_low, axis_high = weight.amin(1), weight.amax(1)  # over K; (G, O)
         quantizer = uniform_from_range(
@@ -142,8 +154,8 @@ def changed_error(
         )
         rows = weight.transpose(1, 2)
         coded = quantizer(rows.flatten(0, 1)).view(rows.shape).transpose(1, 2)
-        moved = (error.x - m.transpose(1, 2)) / t.transpose(1, 2)
-        rest = torch.bmm(m.transpose(1, 2), error.weight)
+        moved = (error.x - m) / t.transpose(1, 2)
+        rest = torch.bmm(m, error.weight)
         for i, shrink in enumerate(SHRINK):
             q = uniform_from_range(
                 bottom * shrink, top * shrink, bits=asked.activation_bits, scheme="asymmetric", signed=False

@@ -15,23 +15,34 @@ import torch
 from torch import Tensor, fx
 
 from qhyvit.calibration.samples import LayerSample
+from qhyvit.graph.affine import is_padded
 from qhyvit.graph.channels import consumers
 from qhyvit.graph.sites import ActivationSite
 from qhyvit.graph.streams import UNCHANGED, Stream, find_streams, rescale_streams
 from qhyvit.methods.base import Problem
-from qhyvit.search.balancing import GAIN, Candidate, ChangedInput, belief, candidates, changed_error
+from qhyvit.search.balancing import (
+    EXPLICIT_GAIN,
+    GAIN,
+    Candidate,
+    ChangedInput,
+    belief,
+    candidates,
+    changed_error,
+    off_zero,
+)
 from qhyvit.search.errors import LayerError
 
 
 @dataclass(frozen=True)
 class _Reader:
-    """A layer that reads one value of a stream: the stream's channel, its share of an offset, and the extremes."""
+    """A layer that reads one value of a stream: the stream's channel, its share of an offset, extremes, padding."""
 
     layer: str
     channels: Tensor
     share: Tensor
     low: Tensor
     high: Tensor
+    padded: bool
 
 
 _Read = list[tuple[ActivationSite, list[_Reader]]]
@@ -55,11 +66,14 @@ def equalise_streams(problem: Problem, samples: dict[str, Any], errors: dict[str
         if not read:
             continue
         low, high = _extremes(stream, read)
-        tried = candidates(low, high, False) + _shifted(candidates(low, high, True), stream)
+        paid = stream.past_padding & off_zero(low, high)
+        tried = candidates(low, high, stream.shiftable)
+        tried += candidates(low, high, stream.shiftable | paid)[1:] if bool(paid.any()) else []
         plain = _errors(problem, read, tried[0], errors)
         ratios = [_mean_ratio(_errors(problem, read, c, errors), plain) for c in tried]
-        best = min(range(len(tried)), key=ratios.__getitem__)
-        if ratios[best] < GAIN * min(belief(problem.statistics[site.value]) for site, _ in read):
+        gains = [EXPLICIT_GAIN if bool(c.offset[paid].any()) else GAIN for c in tried]
+        best = min(range(len(tried)), key=lambda i: ratios[i] / gains[i])
+        if ratios[best] < gains[best] * min(belief(problem.statistics[site.value]) for site, _ in read):
             changes.append((stream, tried[best].factor, tried[best].offset))
     if changes:
         rescale_streams(problem.graph, changes)
@@ -83,6 +97,7 @@ def _read(problem: Problem, nodes: dict[str, fx.Node], stream: Stream, samples: 
                 ports[node.name].share.float(),
                 statistics.channel_low.float()[index],
                 statistics.channel_high.float()[index],
+                is_padded(node),
             )
             for node, index in layers
             if node.name in ports and isinstance(samples.get(node.name), LayerSample)
@@ -104,19 +119,13 @@ def _extremes(stream: Stream, read: _Read) -> tuple[Tensor, Tensor]:
     return torch.where(seen, low, 0.0), torch.where(seen, high, 0.0)
 
 
-def _shifted(found: list[Candidate], stream: Stream) -> list[Candidate]:
-    """The candidates with offsets, without those of channels that cannot be shifted."""
-    kept = [Candidate(c.factor, torch.where(stream.shiftable, c.offset, 0.0)) for c in found if bool(c.offset.any())]
-    return [c for c in kept if bool(c.offset.any())]
-
-
 def _errors(problem: Problem, read: _Read, candidate: Candidate, errors: dict[str, LayerError]) -> list[float]:
     t, m = (torch.cat([v, torch.tensor([rest])]) for v, rest in ((candidate.factor, 1.0), (candidate.offset, 0.0)))
     return [
         changed_error(
             problem,
             site,
-            [ChangedInput(r.layer, t[r.channels], m[r.channels] * r.share, r.low, r.high) for r in readers],
+            [ChangedInput(r.layer, t[r.channels], m[r.channels] * r.share, r.low, r.high, r.padded) for r in readers],
             errors,
         )
         for site, readers in read
