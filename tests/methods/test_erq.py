@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -51,6 +52,21 @@ def test_every_layer_has_codes_of_its_own_within_its_width() -> None:
     report = parameters.report["erq"]
     assert [entry["module"] for entry in report] == [s.module for s in case.sites.weights]
     assert sum(entry["after"] < entry["before"] for entry in report) >= len(report) - 2
+
+
+@pytest.mark.parametrize("views", [1, 3])
+def test_layers_with_fewer_positions_than_asked_keep_their_weights(views: int) -> None:
+    """Whatever the views: crops of a picture are no new pictures."""
+    case = problem("w4a4", base="mse", views=views, rows=1)
+    nodes = {n.name: n for n in case.graph.graph.nodes}
+    few = set()
+    for site in case.sites.weights:
+        node = nodes[site.node]
+        positions = node.meta["shape"][1:-1] if site.kind == "linear" else node.meta["shape"][2:]
+        if case.picture_count * math.prod(positions) < math.prod(site.shape[1:]):
+            few.add(site.node)
+    assert few  # the head
+    assert METHODS["erq"](case).codes.keys() == {s.node for s in case.sites.weights} - few
 
 
 def test_float_activations_and_fine_weights_leave_the_net_alone() -> None:

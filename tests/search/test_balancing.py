@@ -13,6 +13,7 @@ from qhyvit.graph.affine import is_padded
 from qhyvit.graph.balance import balance
 from qhyvit.graph.capture import capture
 from qhyvit.graph.ops import aten, weight_of
+from qhyvit.graph.patterns import source
 from qhyvit.graph.sites import Sites, place
 from qhyvit.methods.base import Problem
 from qhyvit.quantized import copy_graph
@@ -114,3 +115,43 @@ def test_channels_off_zero_keep_their_levels_before_padding(activation: nn.Modul
                 difference = runtime.run(images) - found
             assert float(difference.abs().max()) < 1e-2 * float(wanted.abs().max())
     assert sqnr[True] > sqnr[False] + 6  # a bit
+
+
+def test_in_full_scope_nothing_is_left_to_run() -> None:
+    """An operator behind the value would read codes that are too coarse already."""
+    net, images = Positive(nn.SiLU()), torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    for scope, operators in (("partial", 4), ("full", 0)):
+        options = {"method": "qhyvit", "bits": "w8a4", "options": {"bridges": False}}
+        model = qhyvit.quantize(net, calib=images, input_size=8, scope=scope, **options)  # type: ignore[arg-type]
+        left = {aten.sub.Tensor, aten.mul.Tensor, aten.add.Tensor}
+        assert sum(n.target in left for n in model.graph.graph.nodes) >= operators
+        assert operators or not any(n.target in left for n in model.graph.graph.nodes)
+
+
+class Tokens(nn.Module):
+    """A value of four positions whose channels lie apart, read by a layer and by a product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(4)
+            self.embed, self.mix, self.head = nn.Conv2d(3, 16, 4, 4), nn.Conv2d(16, 16, 1), nn.Linear(16, 5)
+        with torch.no_grad():
+            self.embed.bias.copy_(torch.linspace(3, 30, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.gelu(self.embed(x))
+        mixed, tokens = torch.relu(self.mix(x)).mean((2, 3)), x.flatten(2)
+        out: Tensor = self.head(mixed + torch.tanh(tokens @ tokens.transpose(1, 2) / 1e4).mean(2))
+        return out
+
+
+def test_a_shift_of_few_numbers_is_believed_and_products_keep_the_value() -> None:
+    """Eight pictures of four tokens are no basis to scale channels by, but a shift takes no reach from any of them."""
+    images = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    model = qhyvit.quantize(Tokens(), calib=images, input_size=8, method="qhyvit", bits="w8a4")
+    nodes = list(model.graph.graph.nodes)
+    mix = next(n for n in nodes if n.name.startswith("mix") and n.op == "call_function")
+    product = next(n for n in nodes if n.target == aten.matmul.default)
+    assert source(mix.args[0]).target == aten.sub.Tensor  # and no factors behind it
+    assert all(source(argument).target == aten.gelu.default for argument in product.args)

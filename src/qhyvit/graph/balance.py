@@ -74,7 +74,7 @@ def balance(
     if foldable(graph, value, axis, readers):
         _into_producer(graph, value, factor, offset)
         return value
-    return _explicit(graph, value, axis, readers, factor, offset if bool(offset.any()) else None)
+    return _explicit(graph, value, axis, readers, factor, offset)
 
 
 def _into_producer(graph: fx.GraphModule, value: fx.Node, factor: Tensor, offset: Tensor) -> None:
@@ -91,14 +91,14 @@ def _into_producer(graph: fx.GraphModule, value: fx.Node, factor: Tensor, offset
 
 
 def _explicit(
-    graph: fx.GraphModule, value: fx.Node, axis: int, readers: Collection[str], factor: Tensor, offset: Tensor | None
+    graph: fx.GraphModule, value: fx.Node, axis: int, readers: Collection[str], factor: Tensor, offset: Tensor
 ) -> fx.Node:
     size = [1] * len(shape(value))
     size[axis] = -1
     size = size[1:]
     chosen, out = [user for user in value.users if user.name in readers], value
-    for target, change in ((aten.sub.Tensor, offset), (aten.mul.Tensor, 1 / factor)):
-        if change is None:
+    for target, change, neutral in ((aten.sub.Tensor, offset, 0), (aten.mul.Tensor, 1 / factor, 1)):
+        if bool((change == neutral).all()):
             continue
         with graph.graph.inserting_after(out):
             new = graph.graph.call_function(target, (out, out))

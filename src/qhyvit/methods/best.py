@@ -19,6 +19,7 @@ from qhyvit.quantized import Parameters, QuantizedModel
 
 VIEWS = 8  # of each calibration picture at most, where the last layers see few numbers of each to fit weights to
 PIXELS = 1 << 20  # of all views together
+ROWS = 1.0  # positions for each input of a layer; with fewer its weights stay
 CLEARLY = 0.93  # of the other's error, 0.3 dB: less than that tells nothing about other pictures
 
 
@@ -71,7 +72,7 @@ def _carried_through(problem: Problem, base: Base) -> _Attempt:
     own = copy.copy(problem)
     own.graph = copy_graph(problem.graph)
     parameters = on_base(own, base)
-    compensate(own, parameters, Compensation(views=_views(problem)))
+    compensate(own, parameters, Compensation(views=_views(problem), rows=ROWS))
     parameters.correct_biases = True
     return _Attempt(base, own, parameters, _error(own, parameters))
 

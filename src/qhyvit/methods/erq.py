@@ -46,6 +46,8 @@ class Options:
         flips: refinements of a row's codes at each halving, at most.
         pictures: of the calibration pictures, at most.
         views: of each picture that weights are fitted to, in all: itself and random crops (not in the paper).
+        rows: layers that see fewer positions of the pictures, crops not counted, than so many times their inputs keep
+            their weights: fitted to these they are worse on others (not in the paper).
     """
 
     base: Base = "mse"
@@ -56,6 +58,7 @@ class Options:
     flips: Annotated[int, Field(ge=0)] = 100
     pictures: Annotated[int, Field(ge=1)] = 64
     views: Annotated[int, Field(ge=1)] = 1
+    rows: Annotated[float, Field(ge=0)] = 0.0
 
 
 def erq(problem: Problem) -> Parameters:
@@ -71,7 +74,7 @@ def erq(problem: Problem) -> Parameters:
     there is one more round of flips for the whole row; weight scales are searched again (0.7 to 1.15 times the base's).
 
     Options (defaults): base mse, inputs quantized, rho [1e-4, 1e-3, 1e-2, 1e-1], weights compensate, rescale true,
-    flips 100, pictures 64, views 1.
+    flips 100, pictures 64, views 1, rows 0.
     """
     options = read_options(Options, "erq", problem.recipe.options)
     parameters = on_base(problem, options.base)
@@ -126,9 +129,16 @@ class _Layer:
         self.weight, self.bias = found
 
     def run(self) -> dict[str, Any]:
-        """Fit and round; returns squared output errors per position, and the share of it that δ leaves held out."""
+        """Fit and round, where there are rows enough.
+
+        Returns:
+            Squared output errors per position, and the share of it that δ leaves held out.
+        """
         fit, held_out = self._moments()
         every = fit if held_out is None else fit + held_out
+        inputs = every.gram.shape[-1] - 1
+        if every.rows < self.options.views * self.options.rows * inputs:
+            return {"module": self.site.module, "rho": None}
         rho = choose_rho(fit, held_out, self.options.rho)
         groups, outputs = every.energy.shape
         rows = torch.cat(

@@ -7,7 +7,7 @@ that can be shipped: see `qhyvit.graph.balance`. The factors are t_c = (R_c / ma
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from qhyvit.calibration.statistics import TensorStatistics
 from qhyvit.graph.affine import is_padded
 from qhyvit.graph.balance import balance, foldable, shiftable
 from qhyvit.graph.channels import consumers
+from qhyvit.graph.ops import WEIGHTED, is_call
 from qhyvit.graph.sites import ActivationSite
 from qhyvit.methods.base import Problem
 from qhyvit.quantizers.uniform import uniform_from_range
@@ -39,6 +40,16 @@ class Candidate:
 
     factor: Tensor
     offset: Tensor
+
+    def believed(self, statistics: TensorStatistics) -> float:
+        """How much of a gain to believe, at most 1: channels evened out by few numbers clip others.
+
+        A shift alone is believed: all channels keep the reach of the widest.
+        """
+        if bool((self.factor == 1).all()):
+            return 1.0
+        assert statistics.channel_low is not None
+        return min(1.0, statistics.count / len(statistics.channel_low) / PLENTY)
 
 
 def candidates(low: Tensor, high: Tensor, shiftable: Tensor) -> list[Candidate]:
@@ -70,16 +81,33 @@ def balance_all(problem: Problem, samples: dict[str, Any], errors: dict[str, Lay
     nodes = {n.name: n for n in problem.graph.graph.nodes}
     changed = []
     for site in reversed(problem.sites.activations):  # an offset past padding changes who reads the layer behind it
-        layers = consumers(problem.graph, nodes[site.value], site.channel_axis, site.readers)
-        if layers is None or not all(isinstance(samples.get(n.name), LayerSample) for n, _ in layers):
+        for_layers = _read_by_layers(problem, nodes[site.value], site, samples)
+        layers = consumers(problem.graph, nodes[site.value], site.channel_axis, for_layers.readers)
+        if not layers:
             continue
-        chosen = _choose(problem, site, layers, errors)
+        chosen = _choose(problem, for_layers, layers, errors)
         if chosen is not None:
-            balance(problem.graph, nodes[site.value], site.channel_axis, site.readers, chosen.factor, chosen.offset)
+            at = nodes[site.value], site.channel_axis, for_layers.readers
+            balance(problem.graph, *at, chosen.factor, chosen.offset)
             changed.append(site.value)
     if changed:
         problem.refresh()
     return changed
+
+
+def _read_by_layers(problem: Problem, node: fx.Node, site: ActivationSite, samples: dict[str, Any]) -> ActivationSite:
+    """The site with those of its readers that lead to sampled layers alone; others, like products, keep the value.
+
+    They keep it as codes: so nothing is changed for some readers of a layer's output, whose codes targets want anyway.
+    """
+    found = []
+    for reader in site.readers:
+        layers = consumers(problem.graph, node, site.channel_axis, [reader])
+        if layers and all(isinstance(samples.get(n.name), LayerSample) for n, _ in layers):
+            found.append(reader)
+    if len(found) < len(site.readers) and is_call(node, WEIGHTED):
+        found = []
+    return replace(site, readers=tuple(found))
 
 
 def _choose(
@@ -91,23 +119,28 @@ def _choose(
     node = next(n for n in problem.graph.graph.nodes if n.name == site.value)
     low, high = statistics.channel_low.float(), statistics.channel_high.float()
     free = shiftable(problem.graph, node, site.channel_axis, site.readers)
-    tried = candidates(low, high, torch.ones_like(low).bool() if free else off_zero(low, high))
-    found = [changed_error(problem, site, [_changed(c, low, high, *at) for at in layers], errors) for c in tried]
     folds = foldable(problem.graph, node, site.channel_axis, site.readers)
-    gains = [GAIN if folds and (free or not bool(c.offset.any())) else EXPLICIT_GAIN for c in tried]
+    if not folds and not operators_help(problem):
+        return None
+    shifts = torch.ones_like(low).bool() if free else off_zero(low, high) & operators_help(problem)
+    tried = candidates(low, high, shifts)
+    found = [changed_error(problem, site, [_changed(c, low, high, *at) for at in layers], errors) for c in tried]
+    gains = [
+        c.believed(statistics) * (GAIN if folds and (free or not bool(c.offset.any())) else EXPLICIT_GAIN)
+        for c in tried
+    ]
     best = min(range(len(tried)), key=lambda i: found[i] / gains[i])
-    return tried[best] if found[best] < gains[best] * belief(statistics) * found[0] else None
+    return tried[best] if found[best] < gains[best] * found[0] else None
+
+
+def operators_help(problem: Problem) -> bool:
+    """Whether a change may leave an operator behind: in full scope that reads the value as coded before the change."""
+    return problem.recipe.scope == "partial"
 
 
 def off_zero(low: Tensor, high: Tensor) -> Tensor:
     """Channels whose range does not hold 0: their zero points overflow. Before padding only these are shifted."""
     return (low > 0) | (high < 0)
-
-
-def belief(statistics: TensorStatistics) -> float:
-    """How much of a gain to believe, at most 1: channels' ranges from few numbers fit these and clip others."""
-    assert statistics.channel_low is not None
-    return min(1.0, statistics.count / len(statistics.channel_low) / PLENTY)
 
 
 @dataclass(frozen=True)

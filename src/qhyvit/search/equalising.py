@@ -25,10 +25,10 @@ from qhyvit.search.balancing import (
     GAIN,
     Candidate,
     ChangedInput,
-    belief,
     candidates,
     changed_error,
     off_zero,
+    operators_help,
 )
 from qhyvit.search.errors import LayerError
 
@@ -66,14 +66,18 @@ def equalise_streams(problem: Problem, samples: dict[str, Any], errors: dict[str
         if not read:
             continue
         low, high = _extremes(stream, read)
-        paid = stream.past_padding & off_zero(low, high)
+        paid = stream.past_padding & off_zero(low, high) & operators_help(problem)
         tried = candidates(low, high, stream.shiftable)
         tried += candidates(low, high, stream.shiftable | paid)[1:] if bool(paid.any()) else []
         plain = _errors(problem, read, tried[0], errors)
         ratios = [_mean_ratio(_errors(problem, read, c, errors), plain) for c in tried]
-        gains = [EXPLICIT_GAIN if bool(c.offset[paid].any()) else GAIN for c in tried]
+        gains = [
+            (EXPLICIT_GAIN if bool(c.offset[paid].any()) else GAIN)
+            * min(c.believed(problem.statistics[site.value]) for site, _ in read)
+            for c in tried
+        ]
         best = min(range(len(tried)), key=lambda i: ratios[i] / gains[i])
-        if ratios[best] < gains[best] * min(belief(problem.statistics[site.value]) for site, _ in read):
+        if ratios[best] < gains[best]:
             changes.append((stream, tried[best].factor, tried[best].offset))
     if changes:
         rescale_streams(problem.graph, changes)
