@@ -7,6 +7,7 @@ that can be shipped: see `qhyvit.graph.balance`. The factors are t_c = (R_c / ma
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,15 +42,15 @@ class Candidate:
     factor: Tensor
     offset: Tensor
 
-    def believed(self, statistics: TensorStatistics) -> float:
-        """How much of a gain to believe, at most 1: channels evened out by few numbers clip others.
+    def believed(self, count: float) -> float:
+        """The part of `GAIN` that the error must fall to, of `count` numbers a channel: evened by few they clip others.
 
-        A shift alone is believed: all channels keep the reach of the widest.
+        It falls with the root, as what such numbers leave unknown of a range does. A shift alone is believed: all
+        channels keep the reach of the widest.
         """
         if bool((self.factor == 1).all()):
             return 1.0
-        assert statistics.channel_low is not None
-        return min(1.0, statistics.count / len(statistics.channel_low) / PLENTY)
+        return math.sqrt(min(1.0, count / PLENTY))
 
 
 def candidates(low: Tensor, high: Tensor, shiftable: Tensor) -> list[Candidate]:
@@ -126,11 +127,17 @@ def _choose(
     tried = candidates(low, high, shifts)
     found = [changed_error(problem, site, [_changed(c, low, high, *at) for at in layers], errors) for c in tried]
     gains = [
-        c.believed(statistics) * (GAIN if folds and (free or not bool(c.offset.any())) else EXPLICIT_GAIN)
+        c.believed(numbers(statistics)) * (GAIN if folds and (free or not bool(c.offset.any())) else EXPLICIT_GAIN)
         for c in tried
     ]
     best = min(range(len(tried)), key=lambda i: found[i] / gains[i])
     return tried[best] if found[best] < gains[best] * found[0] else None
+
+
+def numbers(statistics: TensorStatistics) -> float:
+    """How many numbers of each channel were seen."""
+    assert statistics.channel_low is not None
+    return statistics.count / len(statistics.channel_low)
 
 
 def operators_help(problem: Problem) -> bool:

@@ -27,6 +27,7 @@ from qhyvit.search.balancing import (
     ChangedInput,
     candidates,
     changed_error,
+    numbers,
     off_zero,
     operators_help,
 )
@@ -73,7 +74,7 @@ def equalise_streams(problem: Problem, samples: dict[str, Any], errors: dict[str
         ratios = [_mean_ratio(_errors(problem, read, c, errors), plain) for c in tried]
         gains = [
             (EXPLICIT_GAIN if bool(c.offset[paid].any()) else GAIN)
-            * min(c.believed(problem.statistics[site.value]) for site, _ in read)
+            * c.believed(sum(numbers(problem.statistics[site.value]) for site, _ in read))
             for c in tried
         ]
         best = min(range(len(tried)), key=lambda i: ratios[i] / gains[i])
