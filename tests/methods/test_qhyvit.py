@@ -243,7 +243,23 @@ class MildPooled(Mild):
     pool = SIDE
 
 
-@pytest.mark.parametrize(("net", "evened"), [(Mild, "1 residual streams"), (MildPooled, "0 residual streams")])
+class MildTwice(Mild):
+    """The same channels read at all positions by one layer and pooled by another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pooled = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        out: Tensor = self.head(self.second(x).mean((2, 3))) + self.pooled(x.mean((2, 3)))
+        return out
+
+
+@pytest.mark.parametrize(
+    ("net", "evened"),
+    [(Mild, "1 residual streams"), (MildPooled, "0 residual streams"), (MildTwice, "1 residual streams")],
+)
 def test_a_small_gain_is_believed_only_if_many_numbers_tell_of_it(net: type[nn.Module], evened: str) -> None:
     case = problem("w8a4", net=net, balance=True)
     images = torch.cat(list(case.pictures()))
