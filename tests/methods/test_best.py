@@ -36,7 +36,7 @@ def test_a_runtime_computes_what_is_simulated() -> None:
     assert verify(model, calibration()).sqnr_db > 40
     assert model.parameters.codes
     assert model.parameters.correct_biases
-    assert {"erq", "overflow"} <= set(model.parameters.report)
+    assert "erq" in model.parameters.report
 
 
 def test_options_are_checked() -> None:
