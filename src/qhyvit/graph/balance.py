@@ -2,7 +2,8 @@
 
 With one scale per tensor on x', channel c of x has the scale t_c·s and the offset m_c: per-channel granularity, and no
 zero point that overflows, on a runtime that knows neither. Where the producer is a convolution, linear or norm, m
-and t disappear into it and cost nothing at run time; else one subtraction and one multiplication remain. (Channel
+and t disappear into it and cost nothing at run time; else one subtraction and one multiplication remain. An offset
+before zero padding leaves an addition behind the layer that pads (`qhyvit.graph.undoing`). (Channel
 migration and shifting: Trio-ViT, arXiv 2405.03882; SmoothQuant, arXiv 2211.10438.)
 """
 

@@ -1,8 +1,9 @@
 """Where offsets may enter and leave a stream: a small linear system for each channel.
 
-An offset that a producer adds to a channel arrives at every consumer behind it. Before zero padding (and behind
-operators that do not keep offsets) the sum of all that arrives must be 0; elsewhere it should be 1, and the consumer's
-bias undoes it. So the first convolution of a stage may add an offset that the last one takes away.
+An offset that a producer adds to a channel arrives at every consumer behind it. Where none may arrive (before operators
+that do not keep offsets; before zero padding, unless an addition may remain there) the sum must be 0; elsewhere it
+should be 1, and the consumer's bias undoes it. So the first convolution of a stage may add an offset that the last one
+takes away.
 """
 
 from __future__ import annotations
