@@ -7,6 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 from tests.methods.test_qhyvit import problem
+from tests.tiny import CLASSES, Tiny
+from torch import Tensor, nn
 
 from qhyvit.graph.bridges import find_bridges
 from qhyvit.methods.base import Problem
@@ -71,4 +73,57 @@ def test_without_quantizers_the_error_is_zero() -> None:
     (data,) = gather_blocks(net, (block,), "none")
     error = BlockError(net, block, data)
     error.sites, error.members = {}, set()
-    assert float(error.error(error.run(set_ranges(net, "minmax")))) < 1e-6 * float(error.energy(block.outputs[0]))
+    assert float(error.error(error.run(set_ranges(net, "minmax")))) < 1e-6
+
+
+class HalfSeen(Tiny):
+    """Attention sees only the first half of the stream's channels; the others, ten times as large, go past it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.no_grad():
+            self.qkv.weight[:, 8:] = 0
+            self.norm.weight[8:] *= 10
+
+
+def test_what_goes_past_the_attention_counts_too() -> None:
+    left = {}
+    for residual_term in (True, False):
+        net = problem("w4a4", net=HalfSeen)
+        net.per_channel = True
+        parameters, (block,) = set_ranges(net, "mse"), find_bridges(net.graph)
+        (data,) = gather_blocks(net, (block,), "none")
+        (stream,) = (name for name in data.targets if name not in block.outputs)
+        error = BlockError(net, block, data, residual_term=residual_term)
+        BlockSearch(error, parameters, _spaces(net, options_of({}))).run()
+        left[residual_term] = float((error.run(parameters)[stream] - data.targets[stream]).square().sum())
+    assert left[True] < 0.5 * left[False]
+
+
+class ReadTwice(Tiny):
+    """What the block's first member reads, another layer reads as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.beside = nn.Linear(16, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = nn.functional.silu(self.norm(self.stem(x)))
+        x = self.depthwise(seen).flatten(2).transpose(1, 2) + self.place
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4).unbind(0)
+        x = x + nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        out: Tensor = self.head(x.mean(1)) + self.beside(seen.flatten(2).transpose(1, 2)).mean(1)
+        return out
+
+
+def test_a_value_that_others_read_too_is_not_the_block_s_to_choose() -> None:
+    net = problem("w4a4", net=ReadTwice)
+    net.per_channel = True
+    parameters, (block,) = set_ranges(net, "minmax"), find_bridges(net.graph)
+    (data,) = gather_blocks(net, (block,), "none")
+    error = BlockError(net, block, data)
+    (shared,) = (s.value for s in error.sites.values() if not set(s.readers) <= set(block.nodes))
+    kept, others = parameters.activations[shared], dict(parameters.activations)
+    BlockSearch(error, parameters, _spaces(net, options_of({}))).run()
+    assert parameters.activations[shared] is kept
+    assert any(parameters.activations[name] is not was for name, was in others.items())

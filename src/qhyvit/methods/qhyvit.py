@@ -52,7 +52,7 @@ class Options:
         granularity, scheme: whether to search them; otherwise the recipe's are kept.
         rounds: alternations of weights and activations.
         bridges: measure members of a bridge block by the block's output.
-        residual_term: count members of a block that are also read outside it by their own error too.
+        residual_term: count what else a block hands out, such as the stream past the attention, like its outputs.
         positions: sampled per layer.
         coarse: try every so many of the 100 candidates first; 1 is brute force, in every round.
         one_sided: also shrink each end of an activation range alone (not in the paper).

@@ -1,8 +1,10 @@
 """Bridge block reconstruction: members of a block are chosen by the error of the *block's* output.
 
 Q-HyViT (arXiv 2303.12557): inside a bridge block O = w_n · … · w_1 · x_bb, measured against the clean float output;
-between the members the real operators (reshape, norm, activation) run. Members are walked in turn, all of them
-quantized, the incumbents being what the layer-wise search found: coordinate descent, so the error never rises.
+between the members the real operators (reshape, norm, activation) run. What else the block hands out, such as the
+stream that goes past the attention, counts too: it may be all that O does not depend on. Members are walked in turn,
+all of them quantized, the incumbents being what the layer-wise search found: coordinate descent, so the error never
+rises.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ class BlockData:
 
     Attributes:
         inputs: values that the block reads, by name.
-        targets: clean values of the outputs, and of members that something outside the block reads too.
+        targets: clean values of the outputs, and of the block's other nodes that something outside it reads.
         weights: g² of the targets, or None for all alike.
     """
 
@@ -54,7 +56,7 @@ class BlockError:
         problem: the net.
         block: the block.
         data: its clean inputs and outputs.
-        residual_term: whether members that are read outside the block count with their own error, weight 1.
+        residual_term: whether nodes that are read outside the block count as its outputs do.
     """
 
     def __init__(self, problem: Problem, block: BridgeBlock, data: BlockData, *, residual_term: bool = True) -> None:
@@ -63,6 +65,7 @@ class BlockError:
         self.nodes = [by_name[n] for n in block.nodes]
         self.members = {s.node for s in problem.sites.weights if s.node in block.members}
         self.compared = [t for t in data.targets if residual_term or t in block.outputs]
+        self._energies = {t: self._energy(t) for t in self.compared}
         self.sites = {
             (reader, s.value): s for s in problem.sites.activations for reader in s.readers if reader in block.nodes
         }
@@ -90,17 +93,17 @@ class BlockError:
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def error(self, values: dict[str, Tensor]) -> Tensor:
-        """The weighted squared error, summed over the block's outputs (and members read elsewhere); float64 ()."""
+        """The weighted squared error of each value compared as a share of its energy, summed over them; float64 ()."""
         total = torch.zeros((), dtype=torch.float64)
         for name in self.compared:
             e, weight = (values[name] - self.data.targets[name]).square_(), self.data.weights[name]
-            total += (e if weight is None else e.mul_(weight)).sum().double()
+            total += (e if weight is None else e.mul_(weight)).sum().double() / self._energies[name]
         return total
 
-    def energy(self, name: str) -> Tensor:
-        """The weighted square of a target, what its error is to be compared with; float64 ()."""
+    def _energy(self, name: str) -> Tensor:
         weight, target = self.data.weights[name], self.data.targets[name].square()
-        return (target if weight is None else target.mul_(weight)).sum().double()
+        energy = (target if weight is None else target.mul_(weight)).sum().double()
+        return energy.clamp_min(torch.finfo(torch.float32).tiny)
 
     def first(self, site: str) -> int:
         """Number of the first node that reads a site's quantized value."""
@@ -125,8 +128,8 @@ def _block_data(
     problem: Problem, nodes: dict[str, fx.Node], block: BridgeBlock, images: Tensor, gradients: Gradients
 ) -> BlockData:
     inside = set(block.nodes)
-    outside = [m for m in block.members if m not in block.outputs and {u.name for u in nodes[m].users} - inside]
-    targets = [*block.outputs, *outside]
+    handed_out = [n for n in block.nodes if n not in block.outputs and {u.name for u in nodes[n].users} - inside]
+    targets = [*block.outputs, *handed_out]
     seen: dict[str, Any] = {}
     with torch.no_grad():
         Watcher(problem.graph, {*block.inputs, *targets}, lambda n, v: seen.__setitem__(n.name, v)).run(images)
@@ -169,8 +172,11 @@ class BlockSearch:
         return before, last
 
     def _inputs(self, node: fx.Node) -> list[str]:
-        """Sites that a member reads; each once, at its first reader."""
-        found = [value for reader, value in self.error.sites if reader == node.name]
+        """Sites that a node reads and nothing outside the block; each once, at its first reader."""
+        inside = set(self.error.block.nodes)
+        found = [
+            v for (reader, v), s in self.error.sites.items() if reader == node.name and inside.issuperset(s.readers)
+        ]
         return [v for v in found if self.error.nodes[self.error.first(v)] is node]
 
     def _weight(self, node: fx.Node, round_: int) -> None:
@@ -219,7 +225,7 @@ def reconstruct_bridges(
         residual_term: see `BlockError`.
 
     Returns:
-        One JSON-able entry per block: its modules, and its error before and after as a share of the outputs' energy.
+        One JSON-able entry per block: its modules, and the mean relative error of what it hands out, before and after.
     """
     blocks = find_bridges(problem.graph)
     found = []
@@ -228,7 +234,7 @@ def reconstruct_bridges(
         for block, clean in zip(blocks, data, strict=True):
             error = BlockError(problem, block, clean, residual_term=residual_term)
             before, after = BlockSearch(error, parameters, spaces).run()
-            energy = float(sum(error.energy(name) for name in error.compared)) or 1.0
-            found.append({"modules": list(block.modules), "before": before / energy, "after": after / energy})
+            count = len(error.compared)
+            found.append({"modules": list(block.modules), "before": before / count, "after": after / count})
             advance(1)
     return found
