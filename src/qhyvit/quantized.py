@@ -82,10 +82,7 @@ class QuantizedModel:
 
     def bias(self, node: str) -> Tensor | None:
         """Bias of a layer, float, after correction but before rounding."""
-        if node in self.parameters.biases:
-            return self.parameters.biases[node]
-        found = weight_of(self.graph, self.nodes[node])
-        return None if found is None else found[1]
+        return corrected_bias(self.graph, self.parameters, self.nodes[node])
 
     def bias_scale(self, node: str) -> Tensor | None:
         """Scale (C_out,) of a layer's int32 bias: input scale × weight scale; None without one input scale."""
@@ -175,6 +172,14 @@ class QuantizedModel:
     def _rounded_bias(self, node: str) -> Tensor | None:
         bias = self.bias(node)
         return rounded_bias(bias, self.bias_scale(node)) if self.integer_bias and bias is not None else bias
+
+
+def corrected_bias(graph: fx.GraphModule, parameters: Parameters, node: fx.Node) -> Tensor | None:
+    """Bias (C_out,) of a layer, float, after correction but before rounding; None without one."""
+    if node.name in parameters.biases:
+        return parameters.biases[node.name]
+    found = weight_of(graph, node)
+    return None if found is None else found[1]
 
 
 def bias_scale(sites: Sites, parameters: Parameters, node: fx.Node) -> Tensor | None:

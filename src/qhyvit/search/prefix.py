@@ -13,9 +13,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx
 
-from qhyvit.graph.ops import constant, weight_of
+from qhyvit.graph.ops import constant
 from qhyvit.graph.sites import Sites
-from qhyvit.quantized import Parameters, bias_scale, rounded_bias
+from qhyvit.quantized import Parameters, bias_scale, corrected_bias, rounded_bias
 
 
 class Net(Protocol):
@@ -75,10 +75,7 @@ class Execution:
 
     def bias(self, node: fx.Node) -> Tensor | None:
         """Bias (C_out,) of a layer, rounded where the target does so."""
-        bias = self.parameters.biases.get(node.name)
-        if bias is None:
-            found = weight_of(self.graph, node)
-            bias = None if found is None else found[1]
+        bias = corrected_bias(self.graph, self.parameters, node)
         if bias is None or not self.net.integer_bias:
             return bias
         return rounded_bias(bias, bias_scale(self.net.sites, self.parameters, node))
