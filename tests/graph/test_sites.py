@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 
 import pytest
 import timm
@@ -14,6 +15,10 @@ from torch.nn import functional as F
 from qhyvit.graph.capture import capture
 from qhyvit.graph.ops import LAYOUT, is_call
 from qhyvit.graph.sites import ActivationSite, place, source_site
+from qhyvit.methods import Problem
+from qhyvit.methods.ranges import set_ranges
+from qhyvit.quantized import QuantizedModel
+from qhyvit.recipe import Recipe
 
 
 @pytest.fixture(scope="module")
@@ -160,3 +165,39 @@ def test_a_product_with_a_constant_matrix_has_a_weight_site() -> None:
 
     sites = place(capture(Product(), pictures(2, (3, 8, 8))))
     assert [s.shape for s in sites.weights] == [(5, 8)]
+
+
+class Divided(nn.Module):
+    """Linear attention as in EfficientViT: the last channel of a product is the sum that the others are divided by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 3, 2, 1), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.stem(x)).flatten(2).transpose(1, 2)
+        product = y @ (y.transpose(1, 2) @ F.pad(y, (0, 1), value=1.0))
+        y = product[..., :-1] / (product[..., -1:] + 1e-15)
+        y = y / torch.linalg.vector_norm(y, dim=-1, keepdim=True).clamp_min(1e-12)
+        out: Tensor = self.head(y.mean(1))
+        return out
+
+
+@pytest.mark.parametrize("outputs", [frozenset(), frozenset({"matmul"})])
+def test_what_is_divided_by_is_not_quantized(outputs: frozenset[str]) -> None:
+    images = pictures(2, (3, 8, 8))
+    images[1] *= 0.01  # small beside the first: 8-bit codes of its sums are 0
+    net = Divided()
+    with torch.no_grad():
+        net.stem.bias.zero_()  # type: ignore[union-attr]
+    graph = capture(net, images)
+    find = partial(place, scope="full", quantized_outputs=outputs)
+    recipe = Recipe(scope="full", method="minmax", target="simulate")
+    problem = Problem(graph, find(graph), recipe, lambda: iter([images]), len(images), find)
+    quantized = QuantizedModel(graph, problem.sites, set_ranges(problem, "minmax"), recipe, {})
+    with torch.no_grad():
+        wanted, got = graph(images), quantized.simulation()(images)
+    assert bool(got.isfinite().all())
+    torch.testing.assert_close(got[0], wanted[0], rtol=0, atol=0.1 * float(wanted[0].std()))
+    divisors = {n.args[1].name for n in graph.graph.nodes if n.target == torch.ops.aten.div.Tensor}
+    assert divisors.isdisjoint(s.value for s in problem.sites.activations)

@@ -127,3 +127,31 @@ def test_a_value_that_others_read_too_is_not_the_block_s_to_choose() -> None:
     BlockSearch(error, parameters, _spaces(net, options_of({}))).run()
     assert parameters.activations[shared] is kept
     assert any(parameters.activations[name] is not was for name, was in others.items())
+
+
+class HalfAttended(nn.Module):
+    """The channels are split behind the convolution: one half is attended to, the other goes past."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.mix = nn.Conv2d(3, 16, 3, 2, 1), nn.Conv2d(16, 16, 3, 2, 1)
+        self.qkv, self.head = nn.Linear(8, 24), nn.Linear(16, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        attended, past = self.mix(nn.functional.silu(self.stem(x))).flatten(2).transpose(1, 2).split(8, -1)
+        q, k, v = self.qkv(attended).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4).unbind(0)
+        attended = attended + nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        out: Tensor = self.head(torch.cat([attended, past], -1).mean(1))
+        return out
+
+
+def test_of_a_split_stream_the_whole_counts() -> None:
+    net = problem("w4a4", net=HalfAttended)
+    net.per_channel = True
+    (block,) = find_bridges(net.graph)
+    (data,) = gather_blocks(net, (block,), "none")
+    shapes = {tuple(target.shape[1:]) for name, target in data.targets.items() if name not in block.outputs}
+    assert (16, 16) in {tuple(sorted(shape)) for shape in shapes}  # 16 positions, all 16 channels
+    parameters = set_ranges(net, "minmax")
+    before, after = BlockSearch(BlockError(net, block, data), parameters, _spaces(net, options_of({}))).run()
+    assert after < before

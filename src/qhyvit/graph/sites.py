@@ -21,6 +21,7 @@ from qhyvit.graph.ops import (
     shape,
     weight_of,
 )
+from qhyvit.graph.poles import meets_pole
 
 # Layout operators that keep every number: a tensor has the same range before and after. (A slice has not: each of
 # query, key and value deserves a scale of its own.)
@@ -106,7 +107,8 @@ def place(
     Args:
         graph: a captured graph.
         scope: "partial": weights and inputs of convolution, linear and matmul; "full": also every other value, save
-            scores under a mask, whose range says nothing; they are quantized before the mask.
+            scores under a mask, whose range says nothing; they are quantized before the mask. In neither, what is
+            divided by (`poles.meets_pole`).
         is_float: whether the recipe leaves the layer of this module name in float.
         quantized_outputs: kinds of operators ("conv", "linear", "matmul", "add", …) whose output the target needs
             quantized to run them in integers.
@@ -138,7 +140,8 @@ def place(
     for node in nodes:  # what is a mere rearrangement of quantized values is quantized already
         if is_call(node, LAYOUT) and node in readers and _already(node, readers):
             del readers[node]
-    activations = [_activation_site(n, readers[n], owner[n], roles[n]) for n in nodes if n in readers]
+    readers = {node: [r for r in found if not meets_pole(r, node)] for node, found in readers.items()}
+    activations = [_activation_site(n, readers[n], owner[n], roles[n]) for n in nodes if readers.get(n)]
     return Sites(tuple(weights), tuple(activations))
 
 

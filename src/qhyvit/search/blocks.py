@@ -10,6 +10,7 @@ rises.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -127,9 +128,7 @@ def gather_blocks(problem: Problem, blocks: tuple[BridgeBlock, ...], source: Sou
 def _block_data(
     problem: Problem, nodes: dict[str, fx.Node], block: BridgeBlock, images: Tensor, gradients: Gradients
 ) -> BlockData:
-    inside = set(block.nodes)
-    handed_out = [n for n in block.nodes if n not in block.outputs and {u.name for u in nodes[n].users} - inside]
-    targets = [*block.outputs, *handed_out]
+    targets = list(dict.fromkeys([*block.outputs, *_handed_out(nodes, block)]))
     seen: dict[str, Any] = {}
     with torch.no_grad():
         Watcher(problem.graph, {*block.inputs, *targets}, lambda n, v: seen.__setitem__(n.name, v)).run(images)
@@ -138,6 +137,19 @@ def _block_data(
     if all(name in part for part in parts for name in targets):
         weights = {name: normalised(torch.cat([part[name] for part in parts]).square_()) for name in targets}
     return BlockData({n: seen[n] for n in block.inputs}, {n: seen[n] for n in targets}, weights)
+
+
+def _handed_out(nodes: dict[str, fx.Node], block: BridgeBlock) -> Iterator[str]:
+    """The block's values that something outside reads; of a list of parts, the value that was split."""
+    inside = set(block.nodes)
+    for name in block.nodes:
+        node = nodes[name]
+        if {u.name for u in node.users} <= inside:
+            continue
+        while "shape" not in node.meta:
+            node = node.all_input_nodes[0]
+        if node.name in inside:
+            yield node.name
 
 
 class BlockSearch:
