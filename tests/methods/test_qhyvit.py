@@ -10,7 +10,7 @@ import torch
 from tests.tiny import SIDE, Tiny
 from torch import Tensor, nn
 
-from qhyvit.calibration.samples import LayerSample
+from qhyvit.calibration.samples import LayerSample, ProductSample
 from qhyvit.errors import RecipeError
 from qhyvit.graph.capture import capture
 from qhyvit.graph.ops import weight_of
@@ -166,6 +166,31 @@ def test_queries_keys_and_values_in_one_site_are_all_heard() -> None:
     quantizer, statistics = qhyvit(case).uniform(site.value), case.statistics[site.value]
     reach = float(quantizer.scale) * 255
     assert reach > 0.5 * float(statistics.high - statistics.low)
+
+
+class Placed(Tiny):
+    """Queries are multiplied by a table, as relative positions are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(2, 8, 16))  # by head; a single one would be a linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.depthwise(nn.functional.silu(self.norm(self.stem(x)))).flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4).unbind(0)
+        scores = q @ k.transpose(-2, -1) + q @ self.table
+        out: Tensor = self.head((scores.softmax(-1) @ v).transpose(1, 2).flatten(2)).mean(1)
+        return out
+
+
+def test_a_product_with_a_constant_is_sampled_like_any() -> None:
+    case = problem(net=Placed)
+    nodes = {n.name: n for n in case.graph.graph.nodes}
+    samples = {name: s for name, s in gather(case, "none", 64).items() if isinstance(s, ProductSample)}
+    tables = [s for name, s in samples.items() if any(n.op == "get_attr" for n in nodes[name].all_input_nodes)]
+    assert (len(tables), len(samples)) == (1, 3)
+    torch.testing.assert_close(tables[0].a @ tables[0].b, tables[0].y)
+    assert set(qhyvit(case).activations) == {s.value for s in case.sites.activations}
 
 
 @pytest.mark.parametrize("source", ["default_quant", "fisher", "none"])

@@ -16,7 +16,7 @@ from qhyvit.calibration.samples import (
     sample_product,
     sample_value,
 )
-from qhyvit.graph.ops import LINEAR, MATMUL, argument, is_call, shape, weight_of
+from qhyvit.graph.ops import LINEAR, MATMUL, argument, constant, is_call, shape, weight_of
 from qhyvit.graph.sites import source_site
 from qhyvit.methods.base import Problem
 from qhyvit.methods.ranges import set_ranges
@@ -113,6 +113,10 @@ def _sample(
     operands = {a.name for n in (*layers, *products) for a in nodes[n].all_input_nodes if a.op != "get_attr"}
     seen: dict[str, Tensor] = {}
 
+    def operand(argument: Any) -> Tensor:
+        fixed = constant(graph, argument)  # such as a table of relative positions
+        return seen[argument.name] if fixed is None else fixed
+
     def watch(node: fx.Node, value: Tensor) -> None:
         gradient = g.get(node.name)
         if node.name in operands:
@@ -121,12 +125,12 @@ def _sample(
             found = sample_value(value, gradient, math.ceil(VALUES * share), generator)
             parts.setdefault(f"value:{node.name}", []).append(found)
         if node.name in layers:
-            x = seen[_name(node.args[0])]
+            x = operand(node.args[0])
             count = math.ceil(min(positions, _enough(graph, node)) * share)
             layer = sample_layer(graph, node, x, value, gradient, count, generator)
             parts.setdefault(node.name, []).append(layer)
         if node.name in products:
-            a, b = (seen[_name(arg)] for arg in node.args[:2])
+            a, b = (operand(arg) for arg in node.args[:2])
             product = sample_product(a, b, value, gradient, math.ceil(SLICES * share), ROWS, generator)
             parts.setdefault(node.name, []).append(product)
 
@@ -156,8 +160,3 @@ def _supported(graph: fx.GraphModule, name: str) -> bool:
 
 def _has_site(problem: Problem, node: fx.Node) -> bool:
     return any(source_site(problem.sites, node, i) is not None for i in range(2))
-
-
-def _name(operand: Any) -> str:
-    name: str = operand.name
-    return name
