@@ -104,7 +104,7 @@ class BlockError:
     def _energy(self, name: str) -> Tensor:
         weight, target = self.data.weights[name], self.data.targets[name].square()
         energy = (target if weight is None else target.mul_(weight)).sum().double()
-        return energy.clamp_min(torch.finfo(torch.float32).tiny)
+        return torch.where(energy > 0, energy, 1.0)  # a value that is 0 throughout has no relative error
 
     def first(self, site: str) -> int:
         """Number of the first node that reads a site's quantized value."""

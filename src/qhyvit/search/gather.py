@@ -113,9 +113,9 @@ def _sample(
     operands = {a.name for n in (*layers, *products) for a in nodes[n].all_input_nodes if a.op != "get_attr"}
     seen: dict[str, Tensor] = {}
 
-    def operand(argument: Any) -> Tensor:
-        fixed = constant(graph, argument)  # such as a table of relative positions
-        return seen[argument.name] if fixed is None else fixed
+    def operand(of: Any) -> Tensor:
+        fixed = constant(graph, of)  # such as a table of relative positions
+        return seen[of.name] if fixed is None else fixed
 
     def watch(node: fx.Node, value: Tensor) -> None:
         gradient = g.get(node.name)
