@@ -42,7 +42,7 @@ class Residual(nn.Module):
         return out
 
 
-@pytest.mark.parametrize(("decades", "times"), [(3, 10), (6, 1000)])
+@pytest.mark.parametrize(("decades", "times"), [(3, 10), (6, 1000), (8, 100_000)])
 def test_a_spread_stream_is_evened_out_and_the_float_net_is_the_same(decades: int, times: int) -> None:
     images = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     graph = capture(Residual(decades), images)

@@ -32,7 +32,7 @@ SHRINK = (1.0, 0.85, 0.7, 0.55, 0.4)
 GAIN = 0.5
 EXPLICIT_GAIN = 0.25  # where the change stays as an operator of its own, which also costs time
 PLENTY = 1024  # numbers a channel; of fewer, less is believed
-SMALLEST = 1e-6  # of the largest range: weights that undo such a factor keep their digits in float32
+SMALLEST = 1e-9  # of the largest range: below, a channel is as good as dead, and may live on other pictures
 
 
 @dataclass(frozen=True)
