@@ -24,6 +24,7 @@ from qhyvit.store import load
 from tiny import SIDE, pictures
 
 TINY = ("tiny:Tiny", "--input-size", str(SIDE))
+QUICK = ("quantize", *TINY, "--method", "mse")  # the default method searches, which takes seconds
 SCORES = {"top1", "top5", "agreement", "sqnr_db", "pictures"}
 COMMANDS = sorted(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
 
@@ -127,7 +128,7 @@ def test_the_version(run: Run) -> None:
 
 def test_the_demo_net_from_quantization_to_export(tmp_path: Path, run: Run) -> None:
     out = tmp_path / "out"
-    found = run("quantize", "--calib-size", 4, "--limit", 6, "-o", out, "--json").json
+    found = run("quantize", "--method", "mse", "--calib-size", 4, "--limit", 6, "-o", out, "--json").json
     assert found.keys() == {"float", "simulated", "deployed", "verification", "latency", "folder"}
     assert found["float"]["pictures"] == found["deployed"]["pictures"] == found["verification"]["pictures"] == 6
     assert found["float"]["top1"] >= 0.5
@@ -255,7 +256,7 @@ def test_options_reach_the_recipe(tmp_path: Path, data: Path, run: Run) -> None:
 def test_a_recipe_makes_the_same_bytes_again(tmp_path: Path, data: Path, run: Run) -> None:
     options = ["--data", data, "--limit", 4]
     more = ["--bits", "w4a8", "--seed", 3, "--calib-size", 7, "--bias-correction", "--keep-float", "head"]
-    assert run("quantize", *TINY, "--calib", data, *more, *options, "-o", tmp_path / "a").code == 0
+    assert run(*QUICK, "--calib", data, *more, *options, "-o", tmp_path / "a").code == 0
     assert run("quantize", *TINY, "--recipe", tmp_path / "a" / "recipe.yaml", *options, "-o", tmp_path / "b").code == 0
     first, second = contents(tmp_path / "a"), contents(tmp_path / "b")
     assert first.keys() == second.keys()
@@ -291,7 +292,7 @@ def test_skipped_pictures_are_named(tmp_path: Path, result: Path, run: Run) -> N
         assert "1 pictures of" in found.err
         assert "torn.png" in found.err
         assert found.json.get("float", found.json)["pictures"] == 4
-    found = run("quantize", *TINY, "--calib", folder, "--data", folder, "-o", tmp_path / "out")
+    found = run(*QUICK, "--calib", folder, "--data", folder, "-o", tmp_path / "out")
     assert "calibration pictures" in found.err
     assert found.err.count("torn.png") == 2
 
@@ -369,7 +370,7 @@ def test_an_existing_folder_is_refused_before_any_work(
 
 
 def test_force_replaces_a_result(tmp_path: Path, data: Path, run: Run) -> None:
-    common = ["quantize", *TINY, "--calib", data, "--data", data, "--limit", 2, "-o", tmp_path / "out"]
+    common = [*QUICK, "--calib", data, "--data", data, "--limit", 2, "-o", tmp_path / "out"]
     assert run(*common).code == 0
     (tmp_path / "out" / "stale").write_text("")
     assert run(*common, "--bits", "w4a4", "--force").code == 0
@@ -382,7 +383,7 @@ def test_ctrl_c(tmp_path: Path, data: Path, run: Run, monkeypatch: pytest.Monkey
         raise KeyboardInterrupt
 
     monkeypatch.setattr("onnx.save", stop)  # in the midst of writing
-    found = run("quantize", *TINY, "--calib", data, "-o", tmp_path / "out")
+    found = run(*QUICK, "--calib", data, "-o", tmp_path / "out")
     assert found.code == 130
     assert found.err.rstrip().endswith("qhyvit: stopped; nothing half-written was left behind.")
     assert not found.out

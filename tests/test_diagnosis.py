@@ -43,6 +43,7 @@ def test_one_operator_alone_is_the_whole_net_if_nothing_else_is_quantized() -> N
         calib=tiny.calibration(),
         input_size=tiny.SIDE,
         bits="w4a4",
+        method="mse",
         target="simulate",
         overrides=[{"match": "*", "bits": "float"}, {"match": "head", "bits": "w4a4"}],
     )

@@ -21,6 +21,7 @@ from qhyvit.pipeline import export, quantize
 from qhyvit.quantized import QuantizedModel
 from qhyvit.quantizers.uniform import UniformAffine
 from qhyvit.targets.onnxruntime import OrtSession
+from quick import ranges_only
 
 
 @pytest.fixture(autouse=True)
@@ -162,7 +163,7 @@ def images(count: int, seed: int) -> Tensor:
 
 def only(build: Callable[[], nn.Module], tmp_path: Path, **changes: Any) -> tuple[QuantizedModel, OrtSession]:
     torch.manual_seed(5)
-    model = quantize(build(), calib=images(16, 0), input_size=SIDE, **changes)
+    model = quantize(build(), calib=images(16, 0), input_size=SIDE, **ranges_only(changes))
     return model, OrtSession(export(model, tmp_path / "model.onnx"), 1)
 
 

@@ -22,6 +22,7 @@ from qhyvit.pipeline import default_data, export, quantize
 from qhyvit.quantized import QuantizedModel
 from qhyvit.recipe import Recipe
 from qhyvit.targets import onnxruntime
+from quick import ranges_only
 from tiny import SIDE, Tiny, calibration, fresh, pictures
 
 
@@ -35,7 +36,7 @@ def images(count: int = 16) -> Tensor:
 
 
 def tiny(calib: Any = None, **changes: Any) -> QuantizedModel:
-    return quantize(Tiny(), calib=images() if calib is None else calib, input_size=SIDE, **changes)
+    return quantize(Tiny(), calib=images() if calib is None else calib, input_size=SIDE, **ranges_only(changes))
 
 
 def parameters(model: QuantizedModel) -> dict[str, list[Any]]:
@@ -98,7 +99,7 @@ def test_built_in_pictures_where_none_are_given() -> None:
     assert default_data(demo, "calibration").name == "flowers (built in, calibration)"
     assert default_data(demo, "evaluation").name == "flowers (built in, evaluation)"
     assert default_data(own, "calibration").name == "photos (built in, calibration)"
-    model = quantize(Tiny(), input_size=SIDE, calibration={"size": 3})
+    model = quantize(Tiny(), input_size=SIDE, method="mse", calibration={"size": 3})
     assert model.info["calibration"] == {"source": "photos (built in, calibration)", "pictures": 3}
     assert model.recipe.calibration.source is None
     assert default_data(model, "evaluation").name == "photos (built in, evaluation)"
@@ -177,7 +178,7 @@ def test_what_a_target_decides_is_written_down() -> None:
 def test_the_given_module_stays_as_it_was() -> None:
     net = Tiny().train()
     before = copy.deepcopy(net.state_dict())
-    quantize(net, calib=images(), input_size=SIDE, bias_correction=True)
+    quantize(net, calib=images(), input_size=SIDE)
     assert net.training
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert all(p.requires_grad for p in net.parameters())
@@ -191,7 +192,7 @@ def test_the_graph_is_the_model() -> None:
 
 def test_a_loaded_model_and_its_facts() -> None:
     loaded = load_model(Tiny(), input_size=SIDE)
-    model = quantize(loaded, calib=images())
+    model = quantize(loaded, calib=images(), method="mse")
     assert parameters(model) == parameters(tiny())
     assert model.info["model"] == "Tiny"
     assert model.info["num_classes"] == 7

@@ -15,6 +15,7 @@ from qhyvit.graph.ops import MATMUL, WEIGHTED, aten, constant, is_call
 from qhyvit.pipeline import export, quantize
 from qhyvit.quantized import Parameters, QuantizedModel, copy_graph, integer_bias
 from qhyvit.targets.onnxruntime import OrtSession
+from quick import ranges_only
 from tiny import SIDE, fresh, quantized
 
 
@@ -174,7 +175,7 @@ class Wired(nn.Module):
 def wired(**changes: Any) -> QuantizedModel:
     with torch.random.fork_rng():
         torch.manual_seed(2)
-        return quantize(Wired(), calib=images(), input_size=SIDE, **changes)
+        return quantize(Wired(), calib=images(), input_size=SIDE, **ranges_only(changes))
 
 
 def only(model: QuantizedModel, target: object) -> str:
@@ -227,7 +228,7 @@ class Skip(nn.Module):
 
 
 def test_readers_outside_of_a_site_see_floats(tmp_path: Path) -> None:
-    model = quantize(Skip(), calib=images(), input_size=SIDE, bits="w2a2")
+    model = quantize(Skip(), calib=images(), input_size=SIDE, bits="w2a2", method="mse")
     runtime = OrtSession(export(model, tmp_path / "model.onnx"), 1)
     assert runtime.operators()[0] == 1
     expected = images().flatten(1) * 2
@@ -236,7 +237,7 @@ def test_readers_outside_of_a_site_see_floats(tmp_path: Path) -> None:
         assert torch.equal(model.simulation(integer=False)(images()), expected)
     assert torch.equal(runtime.run(images()), expected)
 
-    full = quantize(Skip(), calib=images(), input_size=SIDE, bits="w2a2", scope="full")
+    full = quantize(Skip(), calib=images(), input_size=SIDE, bits="w2a2", method="mse", scope="full")
     with torch.no_grad():
         assert len(torch.unique(full.simulation()(images()))) <= 4  # here the sum reads codes too
 

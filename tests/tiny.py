@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from qhyvit.pipeline import quantize
 from qhyvit.quantized import QuantizedModel
+from quick import ranges_only
 
 SIDE, CLASSES = 16, 7
 
@@ -43,7 +44,7 @@ _SCRATCH = TemporaryDirectory(prefix="qhyvit-tests-")  # removed when Python end
 
 def fresh(**changes: Any) -> QuantizedModel:
     """Quantized anew, always in the same way."""
-    return quantize(Tiny(), calib=calibration(), input_size=SIDE, **changes)
+    return quantize(Tiny(), calib=calibration(), input_size=SIDE, **ranges_only(changes))
 
 
 @cache

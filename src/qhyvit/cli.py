@@ -53,7 +53,7 @@ def quantize(
     calib_size: Annotated[int | None, typer.Option(help="Calibration pictures to use [128].", min=1)] = None,
     data: Data = None,
     bits: Annotated[str | None, typer.Option(help="Widths, like w8a8, w6a6, w4a8 [w8a8].")] = None,
-    method: Annotated[str | None, typer.Option(help="See `qhyvit methods` [mse].")] = None,
+    method: Annotated[str | None, typer.Option(help="See `qhyvit methods` [qhyvit].")] = None,
     scope: Annotated[str | None, typer.Option(help="partial, or full: norms, softmax, additions too.")] = None,
     target: Annotated[str | None, typer.Option(help="See `qhyvit targets` [onnxruntime].")] = None,
     seed: Annotated[int | None, typer.Option(help="Chooses the calibration pictures [0].", min=0)] = None,

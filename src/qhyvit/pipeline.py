@@ -45,7 +45,7 @@ def quantize(
         model: "demo", a timm name, "package.module:builder", a module, or what `load_model` gave.
         calib: calibration pictures: a folder, zip, npz, built-in name ("flowers", "photos"), a `Dataset`, or a batch of
             preprocessed pictures (n, 3, H, W). Default: the recipe's, else the built-in set that fits the model.
-        recipe: a `Recipe`, or a YAML file; default: W8A8, method mse, target onnxruntime.
+        recipe: a `Recipe`, or a YAML file; default: W8A8, method qhyvit, target onnxruntime.
         weights: safetensors or state-dict file (the recipe's section `weights` is changed through `recipe`).
         pretrained: take timm's published weights.
         input_size: side of the pictures.

@@ -113,7 +113,7 @@ class Recipe(_Section):
     """
 
     bits: str = "w8a8"
-    method: str = Field(default="mse", min_length=1)
+    method: str = Field(default="qhyvit", min_length=1)
     scope: Literal["partial", "full"] = "partial"
     target: str = Field(default="onnxruntime", min_length=1)
     seed: int = Field(default=0, ge=0, lt=2**63)

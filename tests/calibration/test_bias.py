@@ -14,7 +14,7 @@ from qhyvit.calibration.collect import Watcher
 from qhyvit.pipeline import export, quantize
 from qhyvit.quantized import QuantizedModel
 from qhyvit.targets.onnxruntime import OrtSession
-from quick import captured_once  # noqa: F401
+from quick import captured_once, ranges_only  # noqa: F401
 
 SIDE = 8
 
@@ -44,7 +44,8 @@ def images() -> Tensor:
 
 
 def quantized(**changes: Any) -> QuantizedModel:
-    return quantize(Layers(), calib=images(), input_size=SIDE, bits="w4a4", calibration={"batch": 5}, **changes)
+    changes = ranges_only({"bits": "w4a4", "calibration": {"batch": 5}, **changes})
+    return quantize(Layers(), calib=images(), input_size=SIDE, **changes)
 
 
 def outputs(graph: torch.fx.GraphModule, model: QuantizedModel) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[QuantizedModel, Pat
 
 def test_the_default_recipe(saved: tuple[QuantizedModel, Path]) -> None:
     recipe = saved[0].recipe
-    assert (recipe.bits, recipe.method, recipe.scope, recipe.target) == ("w8a8", "mse", "partial", "onnxruntime")
+    assert (recipe.bits, recipe.method, recipe.scope, recipe.target) == ("w8a8", "qhyvit", "partial", "onnxruntime")
     assert saved[0].info["calibration"] == {"source": "flowers (built in, calibration)", "pictures": 128}
     assert saved[0].info["trained"]
 

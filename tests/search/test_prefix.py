@@ -10,7 +10,7 @@ import torch
 from hybrid import SIDE, Hybrid
 from qhyvit.pipeline import quantize
 from qhyvit.search.prefix import Prefix
-from quick import captured_once  # noqa: F401
+from quick import captured_once, ranges_only  # noqa: F401
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,7 @@ from quick import captured_once  # noqa: F401
 )
 def test_both_networks_give_their_logits(changes: dict[str, Any]) -> None:
     images = torch.randn(12, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(3))
-    model = quantize(Hybrid(), calib=images, input_size=SIDE, bits="w4a4", **changes)
+    model = quantize(Hybrid(), calib=images, input_size=SIDE, bits="w4a4", **ranges_only(changes))
     prefix = Prefix(model, model.parameters, images.split(5))
     prefix.advance(prefix.nodes)
     for values, graph in ((prefix.clean, model.graph), (prefix.noisy, model.simulation(integer=False))):
