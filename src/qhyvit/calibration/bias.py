@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, fx
@@ -49,19 +49,29 @@ def correct_biases(model: QuantizedModel, batches: Iterable[Tensor]) -> None:
             assert stored is not None
             view = [1] * noisy[0].ndim
             view[channel_axis(node)] = -1
-            prefix.noisy[node.name] = [value + (stored - used).view(view) for value in noisy]
+            for i, value in enumerate(noisy):  # one at a time: early layers' outputs are large
+                noisy[i] = value + (stored - used).view(view)
             advance(1)
 
 
 def _shift(node: fx.Node, clean: list[Tensor], noisy: list[Tensor]) -> Tensor:
     """What the bias of a layer gains (C_out,), from its outputs in both networks by batch."""
-    y, x = (torch.cat([v.movedim(channel_axis(node), 0).flatten(1) for v in values], 1) for values in (clean, noisy))
-    activation = only_activation(node)
+    axis, activation = channel_axis(node), only_activation(node)
+
+    def rows(values: list[Tensor]) -> Iterator[Tensor]:
+        """(C_out, n) of one batch after the other: together they would be a copy of all that the layer gives."""
+        return (value.movedim(axis, 0).flatten(1) for value in values)
+
+    counts = [value.numel() // value.shape[axis] for value in clean]
     if activation is None:
-        return (y - x).mean(1, dtype=torch.float64).to(y.dtype)
-    if y.shape[1] > SAMPLED:
-        pick = torch.randperm(y.shape[1], generator=torch.Generator().manual_seed(0))[:SAMPLED].to(y.device)
-        y, x = y[:, pick], x[:, pick]
+        total = torch.stack(
+            [(y - x).sum(1, dtype=torch.float64) for y, x in zip(rows(clean), rows(noisy), strict=True)]
+        )
+        return (total.sum(0) / sum(counts)).to(clean[0].dtype)
+    kept = torch.zeros(sum(counts), dtype=torch.bool)
+    kept[torch.randperm(len(kept), generator=torch.Generator().manual_seed(0))[:SAMPLED]] = True
+    picks = [part.nonzero().squeeze(1).to(clean[0].device) for part in torch.split(kept, counts)]
+    y, x = (torch.cat([row[:, i] for row, i in zip(rows(v), picks, strict=True)], 1) for v in (clean, noisy))
     return behind(activation, y, x)
 
 
