@@ -44,6 +44,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on sta
     epilog="Examples:\n\n"
     "`qhyvit quantize -o out/`: the demo net\n\n"
     "`qhyvit quantize mobilevit_s --pretrained --calib photos/ -o out/`: a timm net, your pictures\n\n"
+    "`qhyvit quantize mobilevit_s --pretrained --method mse -o out/`: by ranges alone, in a fraction of the time\n\n"
     "`qhyvit quantize nets:build --weights net.safetensors --calib photos.zip --bits w6a6 -o out/`: your own\n\n"
     "`qhyvit quantize --recipe out/recipe.yaml -o again/`: the same once more"
 )
