@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from qhyvit.calibration.collect import Watcher
 from qhyvit.data.dataset import Dataset
 from qhyvit.evaluation import opened, rounded, sqnr, stream
+from qhyvit.graph.ops import aten, is_call
 from qhyvit.graph.sites import Sites
 from qhyvit.progress import task
 from qhyvit.quantized import Parameters, QuantizedModel
@@ -67,15 +68,16 @@ def losses(
     """
     pictures = [item.images for item in stream(model, opened(model, data), "Reading", limit, batch)]
     operators = _operators(model.sites)
-    nodes = [n for n in model.graph.graph.nodes if n.name in operators]
+    nodes = [n for n in model.graph.graph.nodes if n.name in operators and not is_call(n, aten.sym_size.int)]
+    names = [n.name for n in nodes]
     signal, whole, alone, behind = (defaultdict[str, float](float) for _ in range(4))
     with task("Measuring losses", len(nodes) * len(pictures)) as advance:
         for images in pictures:
             exact: dict[str, Tensor] = {}
-            _run(model.graph, [*operators, OUTPUT], images, exact.__setitem__)
+            _run(model.graph, [*names, OUTPUT], images, exact.__setitem__)
             for name, value in exact.items():
                 signal[name] += float(value.double().square().sum())
-            for name, noise in _noise(model.simulation(), [*operators], images, exact).items():
+            for name, noise in _noise(model.simulation(), names, images, exact).items():
                 whole[name] += noise
             for node in nodes:
                 own = _noise(_only(model, node.name), [node.name, OUTPUT], images, exact)
