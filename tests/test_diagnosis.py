@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 from typer.testing import CliRunner
 
 import tiny
@@ -51,6 +54,32 @@ def test_one_operator_alone_is_the_whole_net_if_nothing_else_is_quantized() -> N
     assert only.module == "head"
     assert only.logits_db == pytest.approx(only.alone_db)
     assert only.logits_db == pytest.approx(only.in_net_db, abs=0.01)
+
+
+def test_what_a_layer_loses_alone_is_what_it_loses_in_a_net_of_float() -> None:
+    """Its bias makes up for its own codes, and not for what came before it in the quantized net."""
+    kind: dict[str, Any] = {"bits": "w4a4", "bias_correction": True, "target": "simulate"}
+    whole = losses(tiny.fresh(**kind), tiny.calibration(), limit=16)
+    for module in ("depthwise", "qkv", "head"):
+        only_one = [{"match": "*", "bits": "float"}, {"match": module, "bits": "w4a4"}]
+        alone = losses(tiny.fresh(**kind, overrides=only_one), tiny.calibration(), limit=16)
+        (one,) = (loss for loss in alone if loss.module == module)
+        (same,) = (loss for loss in whole if loss.module == module)
+        assert same.alone_db == pytest.approx(one.in_net_db, abs=0.01)
+
+
+def test_sizes_read_from_quantized_values_are_no_operators() -> None:
+    class Tokens(tiny.Tiny):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.depthwise(self.norm(self.stem(x)).relu())
+            tokens = self.place[:, 0, :8].expand(x.shape[0], -1)  # one for all pictures, as Mobile-Former's
+            out: Tensor = self.head(torch.cat([tokens, x.mean((2, 3))[:, 8:]], 1))
+            return out
+
+    kind: dict[str, Any] = {"bits": "w8a8", "method": "mse", "scope": "full", "target": "simulate"}
+    model = quantize(Tokens(), calib=tiny.calibration(), input_size=tiny.SIDE, **kind)
+    assert any("sym_size" in reader for site in model.sites.activations for reader in site.readers)
+    assert not any("sym_size" in loss.node for loss in losses(model, tiny.calibration(), limit=4))
 
 
 def test_inspect_prints_them(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """What each operator loses: alone, and in the quantized net (PPQ's layer-wise and graph-wise error).
 
-An operator quantized alone on exact inputs shows what its own codes cost; its output in the quantized net holds the
-noise of all operators before it too. Where the first number is low, the operator's ranges or widths are at fault; where
-only the second is, noise has piled up.
+An operator quantized alone on exact inputs shows what its own codes cost, its bias corrected for them where the method
+corrects biases; its output in the quantized net holds the noise of all operators before it too. Where the first number
+is low, the operator's ranges or widths are at fault; where only the second is, noise has piled up.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from qhyvit.calibration.bias import correct_biases
 from qhyvit.calibration.collect import Watcher
 from qhyvit.data.dataset import Dataset
 from qhyvit.evaluation import opened, rounded, sqnr, stream
@@ -70,6 +71,7 @@ def losses(
     operators = _operators(model.sites)
     nodes = [n for n in model.graph.graph.nodes if n.name in operators and not is_call(n, aten.sym_size.int)]
     names = [n.name for n in nodes]
+    single = _correct_alone(model, pictures)
     signal, whole, alone, behind = (defaultdict[str, float](float) for _ in range(4))
     with task("Measuring losses", len(nodes) * len(pictures)) as advance:
         for images in pictures:
@@ -80,7 +82,7 @@ def losses(
             for name, noise in _noise(model.simulation(), names, images, exact).items():
                 whole[name] += noise
             for node in nodes:
-                own = _noise(_only(model, node.name), [node.name, OUTPUT], images, exact)
+                own = _noise(_only(single, node.name), [node.name, OUTPUT], images, exact)
                 alone[node.name] += own[node.name]
                 behind[node.name] += own[OUTPUT]
                 advance(1)
@@ -104,15 +106,24 @@ def _operators(sites: Sites) -> set[str]:
     return {s.node for s in sites.weights} | {r for s in sites.activations for r in s.readers}
 
 
+def _correct_alone(model: QuantizedModel, pictures: list[Tensor]) -> QuantizedModel:
+    """The model with biases that make up for each layer's own codes, instead of those that answer other layers too."""
+    single = replace(model, parameters=replace(model.parameters, biases={}))
+    if model.parameters.biases:
+        correct_biases(single, pictures, alone=True)
+    return single
+
+
 def _only(model: QuantizedModel, operator: str) -> fx.GraphModule:
-    """The float net with one operator's weight and operands quantized; corrected biases answer others and stay out."""
+    """The float net with one operator's weight and operands quantized."""
     sites = Sites(
         tuple(s for s in model.sites.weights if s.node == operator),
         tuple(replace(s, readers=(operator,)) for s in model.sites.activations if operator in s.readers),
     )
     chosen = model.parameters
     own = {name: form for name, form in chosen.operators.items() if name == operator}
-    parameters = Parameters(chosen.activations, chosen.weights, chosen.codes, operators=own)
+    biases = {name: bias for name, bias in chosen.biases.items() if name == operator}
+    parameters = Parameters(chosen.activations, chosen.weights, chosen.codes, biases, operators=own)
     return QuantizedModel(model.graph, sites, parameters, model.recipe, model.info, False).simulation()
 
 

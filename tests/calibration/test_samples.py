@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
-from qhyvit.calibration.samples import positions, sample_layer, sample_product, sample_value
+from qhyvit.calibration.samples import largest, positions, sample_layer, sample_product, sample_value
 from qhyvit.graph.capture import capture
 from qhyvit.graph.ops import weight_of
 
@@ -90,3 +92,14 @@ def test_single_numbers_tell_what_clipping_costs() -> None:
     inside = x.abs() < 3
     mean = float((sample.weight * sample.x.square())[sample.x.abs() < 3].sum()) / float(x[inside].square().sum())
     assert abs(mean - 1) < 0.15  # the others are a plain sample
+
+
+@given(st.integers(0, 2**31), st.integers(1, 3000), st.integers(1, 40))
+def test_the_largest_numbers_are_the_largest(seed: int, size: int, count: int) -> None:
+    """Also where many are equal, and where they lie behind the last whole piece."""
+    count = min(count, size)
+    x = torch.randint(0, 50, (size,), generator=torch.Generator().manual_seed(seed)).float()
+    values, index = largest(x, count)
+    assert torch.equal(values, torch.topk(x, count).values)
+    assert torch.equal(x[index], values)
+    assert len(set(index.tolist())) == count

@@ -9,7 +9,7 @@ from torch import Tensor
 from qhyvit.calibration.samples import LayerSample, ProductSample
 from qhyvit.quantizers.uniform import uniform_from_range
 from qhyvit.search.candidates import Candidates
-from qhyvit.search.errors import InputError, LayerError, WeightError, product_errors
+from qhyvit.search.errors import InputError, LayerError, WeightError, product_error, product_errors
 
 
 def case(groups: int, weighting: str, *, centred: bool = False, taps: int = 3) -> tuple[LayerError, Tensor, Tensor]:
@@ -124,3 +124,12 @@ def test_products_of_a_value_with_itself() -> None:
     q = candidates.build(None)
     exact = float(((q(a) @ q(b) - sample.y).square() * sample.weight).sum())
     assert float(product_errors(sample, "ab", a, candidates)) == pytest.approx(exact, rel=1e-5)
+
+
+def test_products_whose_numbers_weigh_alike() -> None:
+    gen = torch.Generator().manual_seed(0)
+    a, b, y = (torch.randn(6, n, m, generator=gen) for n, m in ((5, 4), (4, 3), (5, 3)))
+    sample = ProductSample(a, b, y, torch.ones_like(y), torch.zeros(6, dtype=torch.int64))
+    exact = sum((a[s] @ b[s] - y[s]).square().sum() for s in range(6))
+    assert float(product_error(sample, a, b)) == pytest.approx(float(exact), rel=1e-5)
+    assert torch.allclose(product_error(sample, torch.stack([a, a]), b), exact.expand(2))

@@ -18,7 +18,7 @@ STEPS = 4  # of Gauss-Newton
 FLAT = 1e-2  # least mean square slope: where the activation function is flat, a shift does nothing but grow
 
 
-def correct_biases(model: QuantizedModel, batches: Iterable[Tensor]) -> None:
+def correct_biases(model: QuantizedModel, batches: Iterable[Tensor], *, alone: bool = False) -> None:
     """Shift the bias of every quantized layer so that its output errs least, in order, each behind corrected ones.
 
     Where an activation function f alone reads the output: b = argmin Σ (f(ŷ + b) - f(y))² per output channel. A mean
@@ -30,6 +30,7 @@ def correct_biases(model: QuantizedModel, batches: Iterable[Tensor]) -> None:
     Args:
         model: changed in place (`parameters.biases`).
         batches: calibration pictures (n, 3, H, W).
+        alone: every layer behind the float network instead, as if it were the only one that is quantized.
     """
     parameters, sites = model.parameters, {s.node for s in model.sites.weights}
     for name in sites:  # the walk starts from the float biases
@@ -38,9 +39,11 @@ def correct_biases(model: QuantizedModel, batches: Iterable[Tensor]) -> None:
     with torch.no_grad(), task("Correcting biases", len(sites)) as advance:
         for node in prefix.nodes:
             prefix.advance([node])
+            clean, noisy = prefix.clean[node.name], prefix.noisy[node.name]
+            if alone:
+                prefix.noisy[node.name] = clean
             if node.name not in sites:
                 continue
-            clean, noisy = prefix.clean[node.name], prefix.noisy[node.name]
             shift = _shift(node, clean, noisy)
             used = prefix.execution.bias(node)
             used = torch.zeros_like(shift) if used is None else used

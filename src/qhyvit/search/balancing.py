@@ -23,10 +23,11 @@ from qhyvit.graph.ops import WEIGHTED, is_call
 from qhyvit.graph.sites import ActivationSite
 from qhyvit.methods.base import Problem
 from qhyvit.quantizers.uniform import uniform_from_range
-from qhyvit.search.errors import LayerError
+from qhyvit.search.candidates import Candidates
+from qhyvit.search.errors import InputError, LayerError
 
 EXPONENTS = (0.25, 0.5, 0.75)
-SHRINK = (1.0, 0.85, 0.7, 0.55, 0.4)
+SHRINK = torch.tensor((1.0, 0.85, 0.7, 0.55, 0.4))
 # The error must fall to this share. Ranges of single channels are estimated from fewer numbers than the tensor's, so a
 # small gain on the calibration pictures is none on others.
 GAIN = 0.5
@@ -174,6 +175,12 @@ def _changed(candidate: Candidate, low: Tensor, high: Tensor, layer: fx.Node, in
     return ChangedInput(layer.name, t, m, low[index], high[index], is_padded(layer))
 
 
+def clipped(low: Tensor, high: Tensor, bits: int) -> Candidates:
+    """A few clipped ranges of a value, or of each of its channels; ends () or (C,)."""
+    ranges = (end.float() * SHRINK.view(-1, 1) for end in (low, high))
+    return Candidates.from_ranges(*ranges, bits=bits, signed=False, scheme="asymmetric")
+
+
 def changed_error(
     problem: Problem, site: ActivationSite, layers: list[ChangedInput], errors: dict[str, LayerError]
 ) -> float:
@@ -181,7 +188,8 @@ def changed_error(
     asked = problem.bits(site)
     bottom = min(((c.low - c.offset) / c.factor).min() for c in layers)
     top = max(((c.high - c.offset) / c.factor).max() for c in layers)
-    totals = torch.zeros(len(SHRINK))
+    ranges = clipped(bottom, top, asked.activation_bits)
+    totals = torch.zeros(len(SHRINK), 1)
     for change in layers:
         error = errors[change.layer]
         t, m = error.per_position(change.factor), error.per_position(change.offset).transpose(1, 2)
@@ -194,11 +202,6 @@ def changed_error(
         )
         rows = weight.transpose(1, 2)
         coded = quantizer(rows.flatten(0, 1)).view(rows.shape).transpose(1, 2)
-        moved = (error.x - m) / t.transpose(1, 2)
-        rest = torch.bmm(m, error.weight)
-        for i, shrink in enumerate(SHRINK):
-            q = uniform_from_range(
-                bottom * shrink, top * shrink, bits=asked.activation_bits, scheme="asymmetric", signed=False
-            )
-            totals[i] += error(q(moved), coded, rest).sum()
+        moved = error.reading((error.x - m) / t.transpose(1, 2), torch.bmm(m, error.weight))
+        totals += InputError(moved, coded)(ranges)
     return float(totals.min())

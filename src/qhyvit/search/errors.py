@@ -8,6 +8,7 @@ runtime nothing.
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from qhyvit.quantizers.uniform import UniformAffine
 from qhyvit.search.candidates import Candidates
 
 CODING = 3  # multiply-adds that coding a number is worth, at least
-_CELLS = 1 << 20  # numbers of a temporary at once, so that it stays in a core's cache
+_CELLS = 1 << 18  # numbers of a temporary at once, so that it stays in a core's cache
 
 
 def in_chunks(cells: int, evaluate: Callable[[Candidates], Tensor], candidates: Candidates) -> Tensor:
@@ -79,16 +80,19 @@ class LayerError:
             return (x.flatten(0, 2) @ weight[0]).view(*x.shape[:-1], -1)
         return x @ weight
 
-    def residual(self, x: Tensor, weight: Tensor, rest: Tensor | None = None) -> Tensor:
-        """Output minus target of inputs (…, G, M, K) with weights (G, K, O), `rest` (G, 1, O) added: (…, G, M, O)."""
-        out = self.product(x, weight)
-        if rest is not None:
-            out += rest
-        return out.sub_(self.target)
+    def reading(self, x: Tensor, rest: Tensor) -> LayerError:
+        """The layer with other inputs `x` (G, M, K), and `rest` (G, 1, O) as a part of its bias."""
+        found = copy(self)
+        found.x, found.target = x, self.target - rest
+        return found
 
-    def __call__(self, x: Tensor, weight: Tensor, rest: Tensor | None = None) -> Tensor:
+    def residual(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Output minus target of inputs (…, G, M, K) with weights (G, K, O): (…, G, M, O)."""
+        return self.product(x, weight).sub_(self.target)
+
+    def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
         """Errors per output channel, (…, C_out), of inputs (…, G, M, K) with weights (G, K, O)."""
-        e = self.residual(x, weight, rest)
+        e = self.residual(x, weight)
         error = (e.square() * self.importance).sum(-2)
         if self.centred:
             error -= (e * self.importance).sum(-2).square() / self.total
@@ -210,7 +214,11 @@ class InputError:
 
 def product_error(sample: ProductSample, a: Tensor, b: Tensor) -> Tensor:
     """Weighted errors (…,) of matmuls of activations (…, S, n, k), (…, S, k, m)."""
-    return (a @ b).sub_(sample.y).square_().mul_(sample.weight).flatten(-3).sum(-1)
+    e = (a @ b).sub_(sample.y).flatten(-3)
+    error: Tensor = (
+        torch.linalg.vector_norm(e, dim=-1).square_() if sample.alike else e.square_() @ sample.weight.flatten()
+    )
+    return error
 
 
 def product_errors(sample: ProductSample, operands: str, other: Tensor, candidates: Candidates) -> Tensor:

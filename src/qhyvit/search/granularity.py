@@ -13,9 +13,8 @@ from torch import Tensor
 from qhyvit.calibration.samples import LayerSample
 from qhyvit.graph.channels import consumers
 from qhyvit.methods.base import Problem
-from qhyvit.quantizers.uniform import uniform_from_range
-from qhyvit.search.balancing import SHRINK
-from qhyvit.search.errors import LayerError
+from qhyvit.search.balancing import clipped
+from qhyvit.search.errors import InputError, LayerError
 
 GAIN = 0.8  # the share to which the error of the layers behind must fall
 
@@ -53,6 +52,4 @@ def not_worth_channels(problem: Problem, samples: dict[str, Any], errors: dict[s
 
 def _error(layer: LayerError, low: Tensor, high: Tensor, bits: int) -> float:
     """Error of a layer with the best of a few clipped ranges of its input, or of each input channel (C_in,)."""
-    kind: dict[str, Any] = {"bits": bits, "scheme": "asymmetric", "signed": False, "axis": 0 if low.ndim else None}
-    quantizers = [uniform_from_range(low.float() * s, high.float() * s, **kind) for s in SHRINK]
-    return min(float(layer(layer.quantized_input(q), layer.weight).sum()) for q in quantizers)
+    return float(InputError(layer, layer.weight)(clipped(low, high, bits)).min())
