@@ -42,8 +42,8 @@ class Residual(nn.Module):
         return out
 
 
-@pytest.mark.parametrize(("decades", "times"), [(3, 10), (6, 1000), (8, 100_000)])
-def test_a_spread_stream_is_evened_out_and_the_float_net_is_the_same(decades: int, times: int) -> None:
+@pytest.mark.parametrize("decades", [3, 6, 8])
+def test_a_spread_stream_is_evened_out_and_the_float_net_is_the_same(decades: int) -> None:
     images = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     graph = capture(Residual(decades), images)
 
@@ -53,12 +53,12 @@ def test_a_spread_stream_is_evened_out_and_the_float_net_is_the_same(decades: in
     net = Problem(graph, find(graph), Recipe(bits="w8a8"), lambda: iter(images.split(4)), len(images), find, True)
     with torch.no_grad():
         before = graph(images)
-    spread = _spread(net)
+    assert _spread(net) > 10**decades
     samples = gather(net, "none", 256, only_layers=True)
     assert equalise_streams(net, samples, layer_errors(net.graph, samples)) == 1
     with torch.no_grad():
         torch.testing.assert_close(net.graph(images), before, rtol=1e-4, atol=1e-4)
-    assert _spread(net) < spread / times
+    assert _spread(net) < 10
 
 
 def _spread(net: Problem) -> float:

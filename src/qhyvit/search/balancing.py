@@ -26,7 +26,7 @@ from qhyvit.quantizers.uniform import uniform_from_range
 from qhyvit.search.candidates import Candidates
 from qhyvit.search.errors import InputError, LayerError
 
-EXPONENTS = (0.25, 0.5, 0.75)
+EXPONENTS = (0.25, 0.5, 0.75, 1.0)
 SHRINK = torch.tensor((1.0, 0.85, 0.7, 0.55, 0.4))
 # The error must fall to this share. Ranges of single channels are estimated from fewer numbers than the tensor's, so a
 # small gain on the calibration pictures is none on others.

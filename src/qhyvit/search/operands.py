@@ -93,10 +93,10 @@ def search(
         incumbent: what to beat.
         separable: whether a channel's error depends on that channel's quantizer only.
         cost: multiply-adds that one candidate costs.
-        again: the whole space was searched before: only look around the incumbent, unless brute force is asked for.
+        again: the whole space was searched before: only look around the incumbent, or coarsely where that is cheap.
     """
     best, coarse = incumbent, space.step(cost)
-    local = again and space.coarse > 1
+    local, coarse = again and coarse > 1, space.coarse if again else coarse
     for scheme, base, axis, factors in _starts(space, extremes, incumbent, local):
         each = separable and axis is not None
         walk = _Walk(space, scheme, axis, evaluate, each, factors, 1 if local else coarse)
