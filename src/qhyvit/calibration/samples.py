@@ -122,10 +122,10 @@ def sample_layer(
         index, importance = positions(score, flat.abs().amax(2), count, gen)
         inputs = flat[:, index[0]]
     else:
-        largest = x.abs().view(len(x), groups, -1, *x.shape[2:]).amax(2)
-        reach = largest if largest.shape[2:] == y.shape[2:] else F.adaptive_max_pool2d(largest, y.shape[2:])
-        reach = reach.transpose(0, 1).flatten(1)
-        index, importance = positions(score, reach, count, gen)
+        reach = x.abs().view(len(x), groups, -1, *x.shape[2:]).amax(2)
+        if x.shape[2:] != y.shape[2:]:
+            reach = F.adaptive_max_pool2d(reach, y.shape[2:])
+        index, importance = positions(score, reach.transpose(0, 1).flatten(1), count, gen)
         inputs = _patches(node, x, weight.shape[2:], index, y.shape)
     size = outputs.shape[1]
     drawn = index.div(size, rounding_mode="floor"), index % size, torch.arange(groups)[:, None]

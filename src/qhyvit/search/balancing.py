@@ -177,7 +177,7 @@ def _changed(candidate: Candidate, low: Tensor, high: Tensor, layer: fx.Node, in
 
 def clipped(low: Tensor, high: Tensor, bits: int) -> Candidates:
     """A few clipped ranges of a value, or of each of its channels; ends () or (C,)."""
-    ranges = (end.float() * SHRINK.view(-1, 1) for end in (low, high))
+    ranges = (end.float() * SHRINK.to(end.device).view(-1, 1) for end in (low, high))
     return Candidates.from_ranges(*ranges, bits=bits, signed=False, scheme="asymmetric")
 
 
@@ -189,7 +189,7 @@ def changed_error(
     bottom = min(((c.low - c.offset) / c.factor).min() for c in layers)
     top = max(((c.high - c.offset) / c.factor).max() for c in layers)
     ranges = clipped(bottom, top, asked.activation_bits)
-    totals = torch.zeros(len(SHRINK), 1)
+    found = []
     for change in layers:
         error = errors[change.layer]
         t, m = error.per_position(change.factor), error.per_position(change.offset).transpose(1, 2)
@@ -203,5 +203,5 @@ def changed_error(
         rows = weight.transpose(1, 2)
         coded = quantizer(rows.flatten(0, 1)).view(rows.shape).transpose(1, 2)
         moved = error.reading((error.x - m) / t.transpose(1, 2), torch.bmm(m, error.weight))
-        totals += InputError(moved, coded)(ranges)
-    return float(totals.min())
+        found.append(InputError(moved, coded)(ranges))
+    return float(torch.stack(found).sum(0).min())

@@ -25,7 +25,7 @@ from qhyvit.quantized import QuantizedModel
 
 BATCH = 4  # pictures at a time: all inner gradients of a batch are held at once
 SLICES = 128  # heads × pictures kept of a product of activations
-ROWS = 16
+ROWS = 16  # of each: all of them read the same other operand
 VALUES = 32768
 GROUPED = 1 << 19  # inputs kept of a convolution with groups, each of which is a small layer that few positions tell of
 

@@ -96,7 +96,9 @@ def search(
         again: the whole space was searched before: only look around the incumbent, or coarsely where that is cheap.
     """
     best, coarse = incumbent, space.step(cost)
-    local, coarse = again and coarse > 1, space.coarse if again else coarse
+    local = again and coarse > 1
+    if again:
+        coarse = space.coarse
     for scheme, base, axis, factors in _starts(space, extremes, incumbent, local):
         each = separable and axis is not None
         walk = _Walk(space, scheme, axis, evaluate, each, factors, 1 if local else coarse)
