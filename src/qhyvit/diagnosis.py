@@ -7,7 +7,7 @@ is low, the operator's ranges or widths are at fault; where only the second is, 
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import ChainMap, defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,12 +21,11 @@ from qhyvit.calibration.collect import Watcher
 from qhyvit.data.dataset import Dataset
 from qhyvit.evaluation import opened, rounded, sqnr, stream
 from qhyvit.graph.ops import aten, is_call
-from qhyvit.graph.sites import Sites
 from qhyvit.progress import task
-from qhyvit.quantized import Parameters, QuantizedModel
+from qhyvit.quantized import QuantizedModel
+from qhyvit.search.prefix import Execution
 
 PICTURES = 32
-OUTPUT = "output"  # what fx calls the node that returns the logits
 
 
 @dataclass(frozen=True)
@@ -61,30 +60,33 @@ def losses(
     Args:
         model: a quantized model.
         data: pictures, as for `evaluate`; labels do not matter.
-        limit: so many pictures, drawn with a fixed seed. The net is run on them once for each operator.
-        batch: pictures at a time; the outputs of all operators are held for so many.
+        limit: so many pictures, drawn with a fixed seed. What lies behind an operator is run on them once for each.
+        batch: pictures at a time; all inner values of the net are held for so many.
 
     Raises:
         DataError: if no picture can be read.
     """
     pictures = [item.images for item in stream(model, opened(model, data), "Reading", limit, batch)]
-    operators = _operators(model.sites)
-    nodes = [n for n in model.graph.graph.nodes if n.name in operators and not is_call(n, aten.sym_size.int)]
-    names = [n.name for n in nodes]
-    single = _correct_alone(model, pictures)
+    nodes = _operators(model)
+    alone_in_float, reached, logits = _Alone(model, pictures), _reached(model.graph), _logits(model.graph)
+    simulation = model.simulation()
     signal, whole, alone, behind = (defaultdict[str, float](float) for _ in range(4))
-    with task("Measuring losses", len(nodes) * len(pictures)) as advance:
+    with torch.inference_mode(), task("Measuring losses", len(nodes) * len(pictures)) as advance:
         for images in pictures:
-            exact: dict[str, Tensor] = {}
-            _run(model.graph, [*names, OUTPUT], images, exact.__setitem__)
-            for name, value in exact.items():
-                signal[name] += float(value.double().square().sum())
-            for name, noise in _noise(model.simulation(), names, images, exact).items():
-                whole[name] += noise
+            exact: dict[str, Any] = {}
+            Watcher(model.graph, (n.name for n in model.graph.graph.nodes), _keep(exact)).run(images)
+            for name in {logits, *(n.name for n in nodes)}:
+                signal[name] += _squared(exact[name])
+            noisy: dict[str, Any] = {}
+            Watcher(simulation, (n.name for n in nodes), _keep(noisy)).run(images)
+            for name, value in noisy.items():
+                whole[name] += _squared(value, exact[name])
             for node in nodes:
-                own = _noise(_only(single, node.name), [node.name, OUTPUT], images, exact)
-                alone[node.name] += own[node.name]
-                behind[node.name] += own[OUTPUT]
+                values = ChainMap({node.name: alone_in_float(node, exact)}, exact)
+                for later in reached[node]:
+                    values[later.name] = alone_in_float.execution.float_value(later, values)
+                alone[node.name] += _squared(values[node.name], exact[node.name])
+                behind[node.name] += _squared(values[logits], exact[logits])
                 advance(1)
     total = sum(behind.values()) or 1.0
     found = [
@@ -93,7 +95,7 @@ def losses(
             node.meta.get("module") or "",
             sqnr(signal[node.name], alone[node.name]),
             sqnr(signal[node.name], whole[node.name]),
-            sqnr(signal[OUTPUT], behind[node.name]),
+            sqnr(signal[logits], behind[node.name]),
             behind[node.name] / total,
         )
         for node in nodes
@@ -101,48 +103,53 @@ def losses(
     return sorted(found, key=lambda loss: -loss.share)
 
 
-def _operators(sites: Sites) -> set[str]:
-    """Everything that has a quantized weight or reads a quantized value."""
-    return {s.node for s in sites.weights} | {r for s in sites.activations for r in s.readers}
+def _operators(model: QuantizedModel) -> list[fx.Node]:
+    """Everything that has a quantized weight or reads a quantized value, but for its size."""
+    names = {s.node for s in model.sites.weights} | {r for s in model.sites.activations for r in s.readers}
+    return [n for n in model.graph.graph.nodes if n.name in names and not is_call(n, aten.sym_size.int)]
 
 
-def _correct_alone(model: QuantizedModel, pictures: list[Tensor]) -> QuantizedModel:
-    """The model with biases that make up for each layer's own codes, instead of those that answer other layers too."""
-    single = replace(model, parameters=replace(model.parameters, biases={}))
-    if model.parameters.biases:
-        correct_biases(single, pictures, alone=True)
-    return single
+def _logits(graph: fx.GraphModule) -> str:
+    """Name of the node that the graph returns."""
+    (logits,) = graph.graph.output_node().all_input_nodes
+    return logits.name
 
 
-def _only(model: QuantizedModel, operator: str) -> fx.GraphModule:
-    """The float net with one operator's weight and operands quantized."""
-    sites = Sites(
-        tuple(s for s in model.sites.weights if s.node == operator),
-        tuple(replace(s, readers=(operator,)) for s in model.sites.activations if operator in s.readers),
-    )
-    chosen = model.parameters
-    own = {name: form for name, form in chosen.operators.items() if name == operator}
-    biases = {name: bias for name, bias in chosen.biases.items() if name == operator}
-    parameters = Parameters(chosen.activations, chosen.weights, chosen.codes, biases, operators=own)
-    return QuantizedModel(model.graph, sites, parameters, model.recipe, model.info, False).simulation()
+def _reached(graph: fx.GraphModule) -> dict[fx.Node, list[fx.Node]]:
+    """The operators behind each node, in graph order."""
+    found: dict[fx.Node, set[fx.Node]] = {}
+    for node in reversed(graph.graph.nodes):
+        users = [u for u in node.users if u.op != "output"]
+        found[node] = set(users).union(*(found[u] for u in users))
+    return {node: [n for n in graph.graph.nodes if n in behind] for node, behind in found.items()}
 
 
-def _run(graph: fx.GraphModule, names: list[str], images: Tensor, keep: Callable[[str, Tensor], Any]) -> None:
-    """Run a graph and hand over the values of some nodes."""
+class _Alone:
+    """Single operators with quantized weight and operands in the float net.
 
-    def watch(node: fx.Node, value: Any) -> None:
-        keep(node.name, value[0] if isinstance(value, tuple) else value)
+    Biases make up for each layer's own codes, where the model's biases make up for its and for what came before it.
+    """
 
-    with torch.inference_mode():
-        Watcher(graph, names, watch).run(images)
+    def __init__(self, model: QuantizedModel, pictures: list[Tensor]) -> None:
+        single = replace(model, parameters=replace(model.parameters, biases={}), integer_bias=False)
+        if model.parameters.biases:
+            correct_biases(single, pictures, alone=True)
+        self.execution, self.forms = Execution(single, single.parameters), single.parameters.operators
+
+    def __call__(self, node: fx.Node, exact: dict[str, Any]) -> Any:
+        """What the operator computes from the float net's values."""
+        form = self.forms.get(node.name)
+        if form is None:
+            return self.execution.quantized_value(node, exact)
+        return form(self.execution.operands(node, exact)[0][0])
 
 
-def _noise(graph: fx.GraphModule, names: list[str], images: Tensor, exact: dict[str, Tensor]) -> dict[str, float]:
-    """Summed squared differences of some nodes' values from the exact ones."""
-    found: dict[str, float] = {}
+def _keep(values: dict[str, Any]) -> Callable[[fx.Node, Any], None]:
+    return lambda node, value: values.__setitem__(node.name, value)
 
-    def compare(name: str, value: Tensor) -> None:
-        found[name] = float((value.double() - exact[name].double()).square().sum())
 
-    _run(graph, names, images, compare)
-    return found
+def _squared(value: Any, exact: Any = None) -> float:
+    """Sum of squares, of the difference if there is another value; of a list of parts the first one's."""
+    if isinstance(value, (tuple, list)):
+        value, exact = value[0], None if exact is None else exact[0]
+    return float((value.double() if exact is None else value.double() - exact.double()).square().sum())

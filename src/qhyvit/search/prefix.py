@@ -7,7 +7,7 @@ that the quantized network gives it, and the output that the float network has t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -47,18 +47,18 @@ class Execution:
         self.layers = {s.node for s in net.sites.weights}
         self.sites = {(reader, s.value) for s in net.sites.activations for reader in s.readers}
 
-    def float_value(self, node: fx.Node, values: dict[str, Any]) -> Any:
+    def float_value(self, node: fx.Node, values: Mapping[str, Any]) -> Any:
         """What a node computes in the float network, given the values that it reads."""
         return self._call(node, lambda n: self._read(n, values))
 
-    def quantized_value(self, node: fx.Node, values: dict[str, Any]) -> Any:
+    def quantized_value(self, node: fx.Node, values: Mapping[str, Any]) -> Any:
         """The same in the quantized network: operands through their quantizers, weights and biases as they stand."""
         args, kwargs = self.operands(node, values)
         if node.name in self.layers:
             args[1:3] = self.layer(node, args[1])
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
-    def operands(self, node: fx.Node, values: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    def operands(self, node: fx.Node, values: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
         """Arguments of a node with activations through their quantizers; constants are float."""
 
         def coded(n: fx.Node) -> Any:
@@ -80,7 +80,7 @@ class Execution:
             return bias
         return rounded_bias(bias, bias_scale(self.net.sites, self.parameters, node))
 
-    def _read(self, n: fx.Node, values: dict[str, Any]) -> Any:
+    def _read(self, n: fx.Node, values: Mapping[str, Any]) -> Any:
         return constant(self.graph, n) if n.op == "get_attr" else values[n.name]
 
     def _call(self, node: fx.Node, read: Any) -> Any:
