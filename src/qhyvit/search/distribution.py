@@ -77,7 +77,7 @@ def distribution_scaling(
                     for (x, w), y in zip(layers, targets, strict=True)
                 ]
             ).sum()
-        value = float(loss)
+        value = loss.item()
         if step == 0:
             first = value
         if value < least:
