@@ -8,7 +8,6 @@ is low, the operator's ranges or widths are at fault; where only the second is, 
 from __future__ import annotations
 
 from collections import ChainMap, defaultdict
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -73,14 +72,14 @@ def losses(
     signal, whole, alone, behind = (defaultdict[str, float](float) for _ in range(4))
     with torch.inference_mode(), task("Measuring losses", len(nodes) * len(pictures)) as advance:
         for images in pictures:
-            exact: dict[str, Any] = {}
-            Watcher(model.graph, (n.name for n in model.graph.graph.nodes), _keep(exact)).run(images)
+            exact = _values(model.graph, images)
             for name in {logits, *(n.name for n in nodes)}:
                 signal[name] += _squared(exact[name])
-            noisy: dict[str, Any] = {}
-            Watcher(simulation, (n.name for n in nodes), _keep(noisy)).run(images)
-            for name, value in noisy.items():
-                whole[name] += _squared(value, exact[name])
+
+            def compare(node: fx.Node, value: Any, exact: dict[str, Any] = exact) -> None:
+                whole[node.name] += _squared(value, exact[node.name])
+
+            Watcher(simulation, (n.name for n in nodes), compare).run(images)
             for node in nodes:
                 values = ChainMap({node.name: alone_in_float(node, exact)}, exact)
                 for later in reached[node]:
@@ -144,8 +143,15 @@ class _Alone:
         return form(self.execution.operands(node, exact)[0][0])
 
 
-def _keep(values: dict[str, Any]) -> Callable[[fx.Node, Any], None]:
-    return lambda node, value: values.__setitem__(node.name, value)
+def _values(graph: fx.GraphModule, images: Tensor) -> dict[str, Any]:
+    """All inner values of a graph, by node name."""
+    found: dict[str, Any] = {}
+
+    def keep(node: fx.Node, value: Any) -> None:
+        found[node.name] = value
+
+    Watcher(graph, (n.name for n in graph.graph.nodes), keep).run(images)
+    return found
 
 
 def _squared(value: Any, exact: Any = None) -> float:
