@@ -35,10 +35,11 @@ def written_out(error: LayerError, x: Tensor, weight: Tensor, importance: Tensor
     return (e.square() * importance).sum(0).flatten()
 
 
+@pytest.mark.parametrize("taps", [3, 20])  # 12 inputs, and 80: more than positions
 @pytest.mark.parametrize("centred", [False, True])
 @pytest.mark.parametrize("groups", [1, 3])
-def test_gram_matrices_give_the_error_of_running_the_layer(groups: int, centred: bool) -> None:
-    error, weight, importance = case(groups, "positions", centred=centred)
+def test_gram_matrices_give_the_error_of_running_the_layer(groups: int, centred: bool, taps: int) -> None:
+    error, weight, importance = case(groups, "positions", centred=centred, taps=taps)
     x = error.quantized_input(uniform_from_range(*error.x.aminmax(), bits=4, scheme="asymmetric", signed=False))
     low, high = (torch.rand(7, len(weight)) * end for end in (-2.0, 2.0))
     candidates = Candidates.from_ranges(low, high, bits=3, signed=True, scheme="asymmetric")

@@ -107,8 +107,9 @@ class WeightError:
     """Errors of candidate weights of a layer, its input fixed.
 
     Where positions weigh alike for all outputs, by Gram matrices instead of running the layer: with e_n = ΔW x_n + r_n
-    and r_n = W x_n - o_n, Σ w e² = ΔW G ΔWᵀ + 2 ΔW c + const, G = Σ w x xᵀ and c = Σ w r x. With gradients each output
-    would need a G of its own; then the layer is run.
+    and r_n = W x_n - o_n, Σ w e² = ΔW G ΔWᵀ + 2 ΔW c + const, G = Σ w x xᵀ and c = Σ w r x. With more inputs than
+    positions, G is the larger matrix: then the e_n themselves are summed. With gradients each output would need a G of
+    its own; then the layer is run.
 
     Args:
         layer: the layer's error.
@@ -119,7 +120,7 @@ class WeightError:
     def __init__(self, layer: LayerError, x: Tensor, weight: Tensor) -> None:
         self.layer, self.x = layer, x
         self.rows = weight.reshape(layer.groups, layer.outputs, layer.k)  # (G, O, K)
-        self.cost = self.rows.numel() * layer.k if layer.uniform else layer.cost
+        self.cost = self.rows.numel() * min(layer.k, layer.positions) if layer.uniform else layer.cost
         self._outputs = torch.arange(layer.groups * layer.outputs).view(layer.groups, layer.outputs, 1)
         if not layer.uniform:
             return
@@ -128,6 +129,10 @@ class WeightError:
         if layer.centred:
             share = w / w.sum(1, keepdim=True)
             x, r = x - (x * share).sum(1, keepdim=True), r - (r * share).sum(1, keepdim=True)
+        self._wide = layer.k > layer.positions
+        if self._wide:
+            self._inputs, self._residual = ((t * w.sqrt()).transpose(1, 2).contiguous() for t in (x, r))
+            return
         self._gram = x.transpose(1, 2) @ (x * w)  # (G, K, K)
         self._cross = (r * w).transpose(1, 2) @ x  # (G, O, K)
         self._rest = (r.square() * w).sum(1)  # (G, O)
@@ -136,13 +141,18 @@ class WeightError:
         """Errors (B, C_out)."""
         layer = self.layer
         if layer.uniform:
-            return in_chunks(self.rows.numel(), self._by_gram, candidates)
+            return in_chunks(self.rows.numel(), self._by_position if self._wide else self._by_gram, candidates)
         runs = [layer(self.x, w.transpose(1, 2)) for c in candidates.split(1) for w in self._coded(c)]
         return torch.stack(runs)
 
     def _coded(self, candidates: Candidates) -> Tensor:
         """The weight through each candidate, (B, G, O, K)."""
         return candidates(self.rows, self._outputs)
+
+    def _by_position(self, candidates: Candidates) -> Tensor:
+        d = self._coded(candidates).sub_(self.rows)
+        e = [torch.baddbmm(self._residual, one, self._inputs) for one in d]
+        return torch.stack(e).square_().sum(-1).flatten(1)
 
     def _by_gram(self, candidates: Candidates) -> Tensor:
         d = self._coded(candidates).sub_(self.rows)

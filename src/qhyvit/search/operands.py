@@ -126,7 +126,18 @@ def _starts(
                 continue
             low, high, axis = extremes.channel_low, extremes.channel_high, extremes.axis
         for scheme in space.schemes:
+            if scheme == "symmetric" and space.one_sided and "asymmetric" in space.schemes and _is_skewed(low, high):
+                continue
             yield scheme, (low.float(), high.float()), axis, space.factors
+
+
+def _is_skewed(low: Tensor, high: Tensor) -> bool:
+    """Whether every range reaches twice as far to one side as to the other, or further.
+
+    What is clipped alike at the far end then has steps at least a quarter shorter without symmetry.
+    """
+    ends = torch.stack((low.clamp_max(0).abs(), high.clamp_min(0)))
+    return bool((2 * ends.amin(0) <= ends.amax(0)).all())
 
 
 @dataclass(frozen=True)
@@ -143,7 +154,9 @@ class _Walk:
 
     def run(self, low: Tensor, high: Tensor) -> Choice:
         base = (low, high)
-        sides = ("both", "low", "high") if self.space.one_sided and self.scheme == "asymmetric" else ("both",)
+        sides = ["both"]
+        if self.space.one_sided and self.scheme == "asymmetric":  # an end at 0 stays where it is
+            sides += [side for side, end in zip(("low", "high"), base, strict=True) if bool(end.any())]
         ends, best = base, None
         for side in sides:
             found, moved = self._side(side, base, ends)
