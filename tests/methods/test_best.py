@@ -11,6 +11,7 @@ from qhyvit.methods import METHODS
 from qhyvit.methods import best as best_module
 from qhyvit.pipeline import quantize
 from qhyvit.verification import verify
+from quick import captured_once  # noqa: F401
 from tiny import calibration
 
 
@@ -26,6 +27,7 @@ def error(method: str, bits: str, seed: int) -> float:
     return float((found - wanted).square().sum() / wanted.square().sum())
 
 
+@pytest.mark.slow
 def test_it_loses_less_than_its_parts() -> None:
     loss = {method: sum(error(method, "w4a4", seed) for seed in (0, 2, 4)) for method in ("mse", "qhyvit", "best")}
     assert loss["best"] < loss["qhyvit"] < loss["mse"]

@@ -18,7 +18,7 @@ from qhyvit.graph.sites import Sites, place
 from qhyvit.methods.base import Problem, on_pictures
 from qhyvit.methods.qhyvit import RELEASED_FACTORS, VARIANTS, Options, options_of, qhyvit
 from qhyvit.methods.ranges import set_ranges
-from qhyvit.quantized import Parameters
+from qhyvit.quantized import Parameters, copy_graph
 from qhyvit.recipe import Recipe
 from qhyvit.search import layers, operands
 from qhyvit.search.gather import gather
@@ -36,6 +36,9 @@ class Projected(Tiny):
         return out
 
 
+_GRAPHS: dict[type[nn.Module], torch.fx.GraphModule] = {}
+
+
 def problem(
     bits: str = "w4a4",
     target: str = "onnxruntime",
@@ -45,7 +48,9 @@ def problem(
 ) -> Problem:
     torch.manual_seed(0)
     images = torch.randn(8, 3, SIDE, SIDE)
-    graph = capture(net(), images)
+    if net not in _GRAPHS:
+        _GRAPHS[net] = capture(net(), images)
+    graph = copy_graph(_GRAPHS[net])
 
     def find(captured: torch.fx.GraphModule) -> Sites:
         return place(captured, scope=scope, quantized_outputs=frozenset({"conv"}))
