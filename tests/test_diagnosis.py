@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import tiny
@@ -66,6 +66,26 @@ def test_what_a_layer_loses_alone_is_what_it_loses_in_a_net_of_float() -> None:
         (one,) = (loss for loss in alone if loss.module == module)
         (same,) = (loss for loss in whole if loss.module == module)
         assert same.alone_db == pytest.approx(one.in_net_db, abs=0.01)
+
+
+def test_what_an_activation_cuts_off_is_no_loss() -> None:
+    class Cut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                self.loud, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+                nn.init.constant_(self.loud.bias, 100)  # type: ignore[arg-type]
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.head(nn.functional.relu6(self.loud(x)).mean((2, 3)))
+            return out
+
+    model = quantize(Cut(), calib=tiny.calibration(), input_size=tiny.SIDE, method="mse")
+    (spoilt,) = (s.node for s in model.sites.weights if s.module == "loud")
+    model.parameters.weights[spoilt].scale.mul_(50)
+    (loud,) = (loss for loss in losses(model, tiny.calibration(), limit=8) if loss.module == "loud")
+    assert min(loud.in_net_db, loud.alone_db) > 100
 
 
 def test_sizes_read_from_quantized_values_are_no_operators() -> None:

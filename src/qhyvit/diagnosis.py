@@ -19,7 +19,7 @@ from qhyvit.calibration.bias import correct_biases
 from qhyvit.calibration.collect import Watcher
 from qhyvit.data.dataset import Dataset
 from qhyvit.evaluation import opened, rounded, sqnr, stream
-from qhyvit.graph.ops import aten, is_call
+from qhyvit.graph.ops import aten, is_call, only_activation
 from qhyvit.progress import task
 from qhyvit.quantized import QuantizedModel
 from qhyvit.search.prefix import Execution
@@ -37,6 +37,9 @@ class Loss:
         in_net_db: SQNR of its output in the quantized net, in dB.
         logits_db: SQNR of the logits with nothing but its weight and operands quantized, in dB.
         share: its part of the squared errors that all operators, each alone, cause in the logits.
+
+    Outputs are compared behind the activation function that alone reads them, where there is one: what ReLU6 cuts off,
+    codes before it have cut off already.
     """
 
     node: str
@@ -70,21 +73,24 @@ def losses(
     alone_in_float, reached, logits = _Alone(model, pictures), _reached(model.graph), _logits(model.graph)
     simulation = model.simulation()
     signal, whole, alone, behind = (defaultdict[str, float](float) for _ in range(4))
+    activated = defaultdict(lambda: _itself, {n.name: f for n in nodes if (f := only_activation(n)) is not None})
     with torch.inference_mode(), task("Measuring losses", len(nodes) * len(pictures)) as advance:
         for images in pictures:
             exact = _values(model.graph, images)
             for name in {logits, *(n.name for n in nodes)}:
-                signal[name] += _squared(exact[name])
+                signal[name] += _squared(activated[name](exact[name]))
 
             def compare(node: fx.Node, value: Any, exact: dict[str, Any] = exact) -> None:
-                whole[node.name] += _squared(value, exact[node.name])
+                seen = activated[node.name]
+                whole[node.name] += _squared(seen(value), seen(exact[node.name]))
 
             Watcher(simulation, (n.name for n in nodes), compare).run(images)
             for node in nodes:
                 values = ChainMap({node.name: alone_in_float(node, exact)}, exact)
                 for later in reached[node]:
                     values[later.name] = alone_in_float.execution.float_value(later, values)
-                alone[node.name] += _squared(values[node.name], exact[node.name])
+                seen = activated[node.name]
+                alone[node.name] += _squared(seen(values[node.name]), seen(exact[node.name]))
                 behind[node.name] += _squared(values[logits], exact[logits])
                 advance(1)
     total = sum(behind.values()) or 1.0
@@ -152,6 +158,10 @@ def _values(graph: fx.GraphModule, images: Tensor) -> dict[str, Any]:
 
     Watcher(graph, (n.name for n in graph.graph.nodes), keep).run(images)
     return found
+
+
+def _itself(value: Any) -> Any:
+    return value
 
 
 def _squared(value: Any, exact: Any = None) -> float:
