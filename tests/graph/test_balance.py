@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
-from qhyvit.graph.balance import balance, foldable, shiftable
+from qhyvit.graph.balance import balance, foldable, shiftable, sums_before_norms
 from qhyvit.graph.capture import capture
-from qhyvit.graph.ops import aten
+from qhyvit.graph.ops import argument, aten, constant
 from qhyvit.graph.sites import place
 
 
@@ -72,6 +72,50 @@ def test_an_offset_is_exact_before_zero_padding_too(conv: nn.Conv2d) -> None:
     assert not shiftable(graph, silu, 1, readers)
     balance(graph, silu, 1, readers, torch.rand(6).double() + 0.1, torch.randn(6).double())
     assert torch.allclose(graph(x), before, rtol=1e-10, atol=1e-10)
+
+
+class PostNorm(nn.Module):
+    """Tokens out of a norm, read by linears and by the addition before the next norm."""
+
+    def __init__(self, *, scaled: bool = False) -> None:
+        super().__init__()
+        self.first, self.second = nn.LayerNorm(8), nn.LayerNorm(8)
+        self.up, self.down, self.head = nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(8, 4)
+        self.scaled = scaled
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = self.first(x.flatten(2).transpose(1, 2))
+        total = tokens + self.down(torch.relu(self.up(tokens)))
+        out: torch.Tensor = self.head(torch.cat([self.second(total), *([total] if self.scaled else [])], 1))
+        return out
+
+
+def post_norm(**kind: bool) -> tuple[fx.GraphModule, torch.Tensor, fx.Node, tuple[str, ...]]:
+    """The graph, pictures, the first norm and those of its readers that are linears."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 8, 4, 4, dtype=torch.float64)
+    graph = capture(PostNorm(**kind).double(), x)
+    norm = next(n for n in graph.graph.nodes if n.target == aten.layer_norm.default)
+    return graph, x, norm, tuple(u.name for u in norm.users if u.target == aten.linear.default)
+
+
+def test_an_offset_passes_through_the_addition_before_the_next_norm() -> None:
+    graph, x, norm, linears = post_norm()
+    before, (total,) = graph(x), sums_before_norms(norm, 2, linears)
+    assert not foldable(graph, norm, 2, linears)
+    offset = torch.randn(8).double()
+    assert balance(graph, norm, 2, linears, torch.ones(8).double(), offset, [total]) is norm
+    assert torch.allclose(graph(x), before, rtol=1e-10, atol=1e-10)
+    assert torch.allclose(constant(graph, argument(norm, "bias")), -offset)
+    (moved,) = total.users
+    names = {s.value for s in place(graph, scope="full").activations}
+    assert total.name in names  # as codes around 0
+    assert moved.name not in names  # the next norm adds the offset to them
+
+
+def test_no_offset_passes_where_more_than_norms_reads_the_sum() -> None:
+    _, _, norm, linears = post_norm(scaled=True)
+    assert sums_before_norms(norm, 2, linears) == []
 
 
 def test_a_value_that_something_else_reads_keeps_its_float_form_there(case) -> None:  # type: ignore[no-untyped-def]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, fx, nn
@@ -157,3 +159,41 @@ def test_a_shift_of_few_numbers_is_believed_and_products_keep_the_value() -> Non
     product = next(n for n in nodes if n.target == aten.matmul.default)
     assert source(mix.args[0]).target == aten.sub.Tensor  # and no factors behind it
     assert all(source(argument).target == aten.gelu.default for argument in product.args)
+
+
+class PostNorm(nn.Module):
+    """Tokens out of a norm, a few channels far above the others, read by a layer and by the addition before a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(6)
+            self.embed, self.first, self.second = nn.Conv2d(3, 16, 4, 4), nn.LayerNorm(16), nn.LayerNorm(16)
+            self.up, self.down, self.head = nn.Linear(16, 32), nn.Linear(32, 16), nn.Linear(16, 5)
+        with torch.no_grad():
+            self.first.weight.fill_(0.1)
+            self.first.bias[:3] = torch.tensor([6.0, 5.0, -7.0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.first(self.embed(x).flatten(2).transpose(1, 2))
+        out: Tensor = self.head(self.second(tokens + self.down(F.gelu(self.up(tokens)))).mean(1))
+        return out
+
+
+def test_in_full_scope_tokens_behind_a_norm_are_shifted_though_an_addition_reads_them() -> None:
+    net, images = PostNorm(), torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        wanted = net(images)
+    sqnr = {}
+    for even in (False, True):
+        options = {"balance": even, "bridges": False}
+        given: dict[str, Any] = {"scope": "full", "bits": "w8a6", "method": "qhyvit", "options": options}
+        model = qhyvit.quantize(net, calib=images, input_size=8, **given)
+        with torch.no_grad():
+            found = model.simulation()(images)
+        sqnr[even] = float(10 * torch.log10(wanted.var(0).mean() / (found - wanted).square().mean()))
+        sums = [n for n in model.graph.graph.nodes if n.target == aten.add.Tensor]
+        assert len(sums) == 1 + even  # the offset comes back behind the addition, before the norm
+        with session(model) as runtime:
+            assert float((runtime.run(images) - found).abs().max()) < 1e-2 * float(wanted.abs().max())
+    assert sqnr[True] > sqnr[False] + 6  # a bit

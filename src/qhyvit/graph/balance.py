@@ -3,7 +3,8 @@
 With one scale per tensor on x', channel c of x has the scale t_c·s and the offset m_c: per-channel granularity, and no
 zero point that overflows, on a runtime that knows neither. Where the producer is a convolution, linear or norm, m
 and t disappear into it and cost nothing at run time; else one subtraction and one multiplication remain. An offset
-before zero padding leaves an addition behind the layer that pads (`qhyvit.graph.undoing`). (Channel
+before zero padding leaves an addition behind the layer that pads (`qhyvit.graph.undoing`). An offset may also pass
+through the addition before the next norm (post-norm transformers), which then takes it back with its input. (Channel
 migration and shifting: Trio-ViT, arXiv 2405.03882; SmoothQuant, arXiv 2211.10438.)
 """
 
@@ -24,6 +25,7 @@ from qhyvit.graph.ops import (
     channel_axis,
     constant,
     is_call,
+    only_norms_read,
     set_weight,
     shape,
     weight_of,
@@ -48,8 +50,30 @@ def shiftable(graph: fx.GraphModule, value: fx.Node, axis: int, readers: Collect
     return layers is not None and not any(is_padded(layer) for layer, _ in layers)
 
 
+def sums_before_norms(value: fx.Node, axis: int, readers: Collection[str]) -> list[fx.Node]:
+    """Users of a value beside `readers`, if all add to it what is as large, and norms along `axis` alone read the sums.
+
+    Empty if any of them does something else.
+    """
+    others = [user for user in value.users if user.name not in readers]
+    last = axis == len(shape(value)) - 1
+    return others if last and all(_is_sum(user, value) and only_norms_read(user) for user in others) else []
+
+
+def _is_sum(node: fx.Node, value: fx.Node) -> bool:
+    operands = node.all_input_nodes
+    plain = is_call(node, frozenset({aten.add.Tensor})) and not node.kwargs and len(operands) == 2
+    return plain and shape(node) == shape(value)
+
+
 def balance(
-    graph: fx.GraphModule, value: fx.Node, axis: int, readers: Collection[str], factor: Tensor, offset: Tensor
+    graph: fx.GraphModule,
+    value: fx.Node,
+    axis: int,
+    readers: Collection[str],
+    factor: Tensor,
+    offset: Tensor,
+    sums: Collection[fx.Node] = (),
 ) -> fx.Node:
     """Rewrite the graph so that `readers` see (value - offset) / factor and the layers behind them undo it.
 
@@ -60,6 +84,7 @@ def balance(
         readers: names of direct readers that shall see the changed value.
         factor: t > 0, (C,).
         offset: m, (C,).
+        sums: `sums_before_norms`, where they are to read the changed value too: m is added behind them, and t is 1.
 
     Returns:
         The node that now holds the changed value; `value` itself where all was folded into its producer.
@@ -72,10 +97,15 @@ def balance(
         raise ValueError(f"{value.name} cannot be balanced")
     for layer, index in layers:
         undo(graph, layer, factor[index], offset[index])
-    if foldable(graph, value, axis, readers):
+    for node in sums:
+        _inserted(graph, node, aten.add.Tensor, offset, list(node.users))
+    changed = value
+    if foldable(graph, value, axis, [*readers, *(node.name for node in sums)]):
         _into_producer(graph, value, factor, offset)
-        return value
-    return _explicit(graph, value, axis, readers, factor, offset)
+    else:
+        changed = _explicit(graph, value, axis, readers, factor, offset)
+    graph.recompile()
+    return changed
 
 
 def _into_producer(graph: fx.GraphModule, value: fx.Node, factor: Tensor, offset: Tensor) -> None:
@@ -94,19 +124,23 @@ def _into_producer(graph: fx.GraphModule, value: fx.Node, factor: Tensor, offset
 def _explicit(
     graph: fx.GraphModule, value: fx.Node, axis: int, readers: Collection[str], factor: Tensor, offset: Tensor
 ) -> fx.Node:
-    size = [1] * len(shape(value))
-    size[axis] = -1
-    size = size[1:]
+    size = [1] * (len(shape(value)) - 1)
+    size[axis - 1] = -1
     chosen, out = [user for user in value.users if user.name in readers], value
     for target, change, neutral in ((aten.sub.Tensor, offset, 0), (aten.mul.Tensor, 1 / factor, 1)):
-        if bool((change == neutral).all()):
-            continue
-        with graph.graph.inserting_after(out):
-            new = graph.graph.call_function(target, (out, out))
-        new.args = (out, add_constant(graph, f"{value.name}_balance", change.view(size), new))
-        new.meta = dict(value.meta)
-        out = new
-    for user in chosen:
-        user.replace_input_with(value, out)
-    graph.recompile()
+        if not bool((change == neutral).all()):
+            out = _inserted(graph, out, target, change.view(size), chosen)
     return out
+
+
+def _inserted(
+    graph: fx.GraphModule, value: fx.Node, target: fx.node.Target, change: Tensor, readers: list[fx.Node]
+) -> fx.Node:
+    """An operator with a constant between a value and some of its readers."""
+    with graph.graph.inserting_after(value):
+        new = graph.graph.call_function(target, (value, value))  # type: ignore[arg-type]
+    new.args = (value, add_constant(graph, f"{value.name}_balance", change, new))
+    new.meta = dict(value.meta)
+    for reader in readers:
+        reader.replace_input_with(value, new)
+    return new

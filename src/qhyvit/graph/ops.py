@@ -147,6 +147,12 @@ def only_activation(node: fx.Node) -> Callable[[Tensor], Tensor] | None:
     return lambda x: reader.target(x, *reader.args[1:], **reader.kwargs)  # type: ignore[operator,no-any-return]
 
 
+def only_norms_read(node: fx.Node) -> bool:
+    """Whether LayerNorms over the last axis, and nothing else, read a value."""
+    kind = aten.layer_norm.default
+    return bool(node.users) and all(u.target == kind and len(argument(u, "normalized_shape")) == 1 for u in node.users)
+
+
 def argument(node: fx.Node, name: str, default: Any = None) -> Any:
     """The value of one argument by its schema name, whether it was passed by position, by keyword or not at all."""
     schema = node.target._schema  # type: ignore[union-attr]

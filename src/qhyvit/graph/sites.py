@@ -18,6 +18,7 @@ from qhyvit.graph.ops import (
     channel_axis,
     constant,
     is_call,
+    only_norms_read,
     shape,
     weight_of,
 )
@@ -107,8 +108,8 @@ def place(
     Args:
         graph: a captured graph.
         scope: "partial": weights and inputs of convolution, linear and matmul; "full": also every other value, save
-            scores under a mask, whose range says nothing; they are quantized before the mask. In neither, what is
-            divided by (`poles.meets_pole`).
+            scores under a mask, whose range says nothing (they are quantized before the mask), and sums that a norm
+            forms of codes and an offset by channel. In neither, what is divided by (`poles.meets_pole`).
         is_float: whether the recipe leaves the layer of this module name in float.
         quantized_outputs: kinds of operators ("conv", "linear", "matmul", "add", …) whose output the target needs
             quantized to run them in integers.
@@ -187,7 +188,14 @@ def _needs_output(graph: fx.GraphModule, node: fx.Node, scope: str, outputs: fro
         return False
     if node.op == "call_function" and kind_of(node) in outputs:
         return True
-    return scope == "full" and not is_call(node, LAYOUT) and not _is_masked(graph, node)
+    return scope == "full" and not is_call(node, LAYOUT) and not _is_masked(graph, node) and not _is_norms(graph, node)
+
+
+def _is_norms(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a norm takes the node with its input: an offset by channel, added to codes and read by norms alone."""
+    if not is_call(node, frozenset({aten.add.Tensor})) or not only_norms_read(node):
+        return False
+    return any(c is not None and c.ndim == 1 for c in (constant(graph, o) for o in node.all_input_nodes))
 
 
 def _is_masked(graph: fx.GraphModule, node: fx.Node) -> bool:

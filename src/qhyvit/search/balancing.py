@@ -8,6 +8,7 @@ that can be shipped: see `qhyvit.graph.balance`. The factors are t_c = (R_c / ma
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, fx
 from qhyvit.calibration.samples import LayerSample
 from qhyvit.calibration.statistics import TensorStatistics
 from qhyvit.graph.affine import is_padded
-from qhyvit.graph.balance import balance, foldable, shiftable
+from qhyvit.graph.balance import balance, foldable, shiftable, sums_before_norms
 from qhyvit.graph.channels import consumers
 from qhyvit.graph.ops import WEIGHTED, is_call
 from qhyvit.graph.sites import ActivationSite
@@ -90,7 +91,7 @@ def balance_all(problem: Problem, samples: dict[str, Any], errors: dict[str, Lay
         chosen = _choose(problem, for_layers, layers, errors)
         if chosen is not None:
             at = nodes[site.value], site.channel_axis, for_layers.readers
-            balance(problem.graph, *at, chosen.factor, chosen.offset)
+            balance(problem.graph, *at, chosen.factor, chosen.offset, _sums(problem, *at))
             changed.append(site.value)
     if changed:
         problem.refresh()
@@ -121,11 +122,12 @@ def _choose(
     node = next(n for n in problem.graph.graph.nodes if n.name == site.value)
     low, high = statistics.channel_low.float(), statistics.channel_high.float()
     free = shiftable(problem.graph, node, site.channel_axis, site.readers)
-    folds = foldable(problem.graph, node, site.channel_axis, site.readers)
+    sums = _sums(problem, node, site.channel_axis, site.readers)
+    folds = foldable(problem.graph, node, site.channel_axis, [*site.readers, *(n.name for n in sums)])
     if not folds and not operators_help(problem):
         return None
     shifts = torch.ones_like(low).bool() if free else off_zero(low, high) & operators_help(problem)
-    tried = candidates(low, high, shifts)
+    tried = [c for c in candidates(low, high, shifts) if not sums or bool((c.factor == 1).all())]
     found = [changed_error(problem, site, [_changed(c, low, high, *at) for at in layers], errors) for c in tried]
     gains = [
         c.believed(numbers(statistics)) * (GAIN if folds and (free or not bool(c.offset.any())) else EXPLICIT_GAIN)
@@ -133,6 +135,11 @@ def _choose(
     ]
     best = min(range(len(tried)), key=lambda i: found[i] / gains[i])
     return tried[best] if found[best] < gains[best] * found[0] else None
+
+
+def _sums(problem: Problem, node: fx.Node, axis: int, readers: Collection[str]) -> list[fx.Node]:
+    """Additions that may read a shifted value too, where they would read its codes; else they read it as it was."""
+    return [] if operators_help(problem) else sums_before_norms(node, axis, readers)
 
 
 def numbers(statistics: TensorStatistics) -> float:
