@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import fx, nn
 
-from qhyvit.graph.balance import balance, foldable, shiftable, sums_before_norms
+from qhyvit.graph.balance import balance, foldable, passage, shiftable
 from qhyvit.graph.capture import capture
 from qhyvit.graph.ops import argument, aten, constant
 from qhyvit.graph.sites import place
@@ -75,36 +75,43 @@ def test_an_offset_is_exact_before_zero_padding_too(conv: nn.Conv2d) -> None:
 
 
 class PostNorm(nn.Module):
-    """Tokens out of a norm, read by linears and by the addition before the next norm."""
+    """Tokens out of a norm, read by a linear, as attention's keys and values, and by the addition before a norm."""
 
-    def __init__(self, *, scaled: bool = False) -> None:
+    def __init__(self, kind: str = "") -> None:
         super().__init__()
         self.first, self.second = nn.LayerNorm(8), nn.LayerNorm(8)
-        self.up, self.down, self.head = nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(8, 4)
-        self.scaled = scaled
+        self.query, self.mix, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+        self.kind = kind
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         tokens = self.first(x.flatten(2).transpose(1, 2))
-        total = tokens + self.down(torch.relu(self.up(tokens)))
-        out: torch.Tensor = self.head(torch.cat([self.second(total), *([total] if self.scaled else [])], 1))
-        return out
+        heads = tokens.unflatten(2, (2, 4)).transpose(1, 2)
+        query = self.query(tokens).unflatten(2, (2, 4)).transpose(1, 2)
+        if self.kind == "both read":
+            query = heads
+        weights = (query @ heads.transpose(2, 3)).softmax(2 if self.kind == "other axis" else 3)
+        total = tokens + self.mix((weights @ heads).transpose(1, 2).flatten(2))
+        out: torch.Tensor = self.head(self.second(total))
+        return out + self.head(total) if self.kind == "sum read" else out
 
 
-def post_norm(**kind: bool) -> tuple[fx.GraphModule, torch.Tensor, fx.Node, tuple[str, ...]]:
+def post_norm(kind: str = "") -> tuple[fx.GraphModule, torch.Tensor, fx.Node, tuple[str, ...]]:
     """The graph, pictures, the first norm and those of its readers that are linears."""
     torch.manual_seed(0)
     x = torch.randn(2, 8, 4, 4, dtype=torch.float64)
-    graph = capture(PostNorm(**kind).double(), x)
+    graph = capture(PostNorm(kind).double(), x)
     norm = next(n for n in graph.graph.nodes if n.target == aten.layer_norm.default)
     return graph, x, norm, tuple(u.name for u in norm.users if u.target == aten.linear.default)
 
 
-def test_an_offset_passes_through_the_addition_before_the_next_norm() -> None:
+def test_an_offset_passes_through_attention_and_the_addition_before_the_next_norm() -> None:
     graph, x, norm, linears = post_norm()
-    before, (total,) = graph(x), sums_before_norms(norm, 2, linears)
+    before, beside = graph(x), passage(graph, norm, 2, linears)
     assert not foldable(graph, norm, 2, linears)
+    (total,) = beside.sums
+    assert beside.attention
     offset = torch.randn(8).double()
-    assert balance(graph, norm, 2, linears, torch.ones(8).double(), offset, [total]) is norm
+    assert balance(graph, norm, 2, linears, torch.ones(8).double(), offset, beside) is norm
     assert torch.allclose(graph(x), before, rtol=1e-10, atol=1e-10)
     assert torch.allclose(constant(graph, argument(norm, "bias")), -offset)
     (moved,) = total.users
@@ -113,9 +120,11 @@ def test_an_offset_passes_through_the_addition_before_the_next_norm() -> None:
     assert moved.name not in names  # the next norm adds the offset to them
 
 
-def test_no_offset_passes_where_more_than_norms_reads_the_sum() -> None:
-    _, _, norm, linears = post_norm(scaled=True)
-    assert sums_before_norms(norm, 2, linears) == []
+@pytest.mark.parametrize("kind", ["sum read", "other axis", "both read"])
+def test_no_offset_passes_where_it_would_change_something(kind: str) -> None:
+    """The sum goes on, weights that a value is mixed with do not add up to 1, or keys are queries too."""
+    graph, _, norm, linears = post_norm(kind)
+    assert not passage(graph, norm, 2, linears)
 
 
 def test_a_value_that_something_else_reads_keeps_its_float_form_there(case) -> None:  # type: ignore[no-untyped-def]

@@ -4,13 +4,14 @@ With one scale per tensor on x', channel c of x has the scale t_c·s and the off
 zero point that overflows, on a runtime that knows neither. Where the producer is a convolution, linear or norm, m
 and t disappear into it and cost nothing at run time; else one subtraction and one multiplication remain. An offset
 before zero padding leaves an addition behind the layer that pads (`qhyvit.graph.undoing`). An offset may also pass
-through the addition before the next norm (post-norm transformers), which then takes it back with its input. (Channel
-migration and shifting: Trio-ViT, arXiv 2405.03882; SmoothQuant, arXiv 2211.10438.)
+through attention, and through the addition before the next norm (post-norm transformers), which then takes it back
+with its input. (Channel migration and shifting: Trio-ViT, arXiv 2405.03882; SmoothQuant, arXiv 2211.10438.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
@@ -50,14 +51,39 @@ def shiftable(graph: fx.GraphModule, value: fx.Node, axis: int, readers: Collect
     return layers is not None and not any(is_padded(layer) for layer, _ in layers)
 
 
-def sums_before_norms(value: fx.Node, axis: int, readers: Collection[str]) -> list[fx.Node]:
-    """Users of a value beside `readers`, if all add to it what is as large, and norms along `axis` alone read the sums.
+@dataclass(frozen=True)
+class Passage:
+    """Users of a value that let an offset by channel pass, though no factor.
 
-    Empty if any of them does something else.
+    Attributes:
+        sums: additions of what is as large, read by norms alone: the offset is added again in front of these.
+        attention: names of readers that lead to attention's keys or values.
     """
-    others = [user for user in value.users if user.name not in readers]
-    last = axis == len(shape(value)) - 1
-    return others if last and all(_is_sum(user, value) and only_norms_read(user) for user in others) else []
+
+    sums: tuple[fx.Node, ...] = ()
+    attention: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.sums or self.attention)
+
+    @property
+    def readers(self) -> tuple[str, ...]:
+        """Names of all."""
+        return (*(node.name for node in self.sums), *self.attention)
+
+
+def passage(graph: fx.GraphModule, value: fx.Node, axis: int, readers: Collection[str]) -> Passage:
+    """What lets offsets pass beside `readers`; empty if any other user of the value does not."""
+    sums, attention = [], []
+    for user in (u for u in value.users if u.name not in readers):
+        if axis == len(shape(value)) - 1 and _is_sum(user, value) and only_norms_read(user):
+            sums.append(user)
+            continue
+        layers = consumers(graph, value, axis, [user.name], offsets=True)
+        if layers is None or any(is_padded(layer) for layer, _ in layers):
+            return Passage()
+        attention.append(user.name)
+    return Passage(tuple(sums), tuple(attention))
 
 
 def _is_sum(node: fx.Node, value: fx.Node) -> bool:
@@ -73,7 +99,7 @@ def balance(
     readers: Collection[str],
     factor: Tensor,
     offset: Tensor,
-    sums: Collection[fx.Node] = (),
+    beside: Passage = Passage(),
 ) -> fx.Node:
     """Rewrite the graph so that `readers` see (value - offset) / factor and the layers behind them undo it.
 
@@ -84,7 +110,7 @@ def balance(
         readers: names of direct readers that shall see the changed value.
         factor: t > 0, (C,).
         offset: m, (C,).
-        sums: `sums_before_norms`, where they are to read the changed value too: m is added behind them, and t is 1.
+        beside: `passage`, where that is to read the changed value too; t is 1 then.
 
     Returns:
         The node that now holds the changed value; `value` itself where all was folded into its producer.
@@ -92,15 +118,15 @@ def balance(
     Raises:
         ValueError: if a reader leads to something else than layers.
     """
-    layers = consumers(graph, value, axis, readers)
+    layers = consumers(graph, value, axis, [*readers, *beside.attention], offsets=bool(beside))
     if layers is None:
         raise ValueError(f"{value.name} cannot be balanced")
     for layer, index in layers:
         undo(graph, layer, factor[index], offset[index])
-    for node in sums:
+    for node in beside.sums:
         _inserted(graph, node, aten.add.Tensor, offset, list(node.users))
     changed = value
-    if foldable(graph, value, axis, [*readers, *(node.name for node in sums)]):
+    if foldable(graph, value, axis, [*readers, *beside.readers]):
         _into_producer(graph, value, factor, offset)
     else:
         changed = _explicit(graph, value, axis, readers, factor, offset)

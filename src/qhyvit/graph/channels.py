@@ -13,7 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from qhyvit.graph.ops import AVERAGING, LAYOUT, WEIGHTED, aten, channel_axis, is_call, shape, weight_of
+from qhyvit.graph.ops import (
+    AVERAGING,
+    LAYOUT,
+    MATMUL,
+    WEIGHTED,
+    argument,
+    aten,
+    channel_axis,
+    is_call,
+    shape,
+    weight_of,
+)
 
 
 def channel_indices(size: tuple[int, ...], axis: int) -> Tensor:
@@ -77,7 +88,12 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def consumers(
-    graph: fx.GraphModule, value: fx.Node, axis: int, readers: Collection[str] | None = None
+    graph: fx.GraphModule,
+    value: fx.Node,
+    axis: int,
+    readers: Collection[str] | None = None,
+    *,
+    offsets: bool = False,
 ) -> list[tuple[fx.Node, Tensor]] | None:
     """All convolutions and linears that read the channels of `value` through layout operators and means.
 
@@ -86,10 +102,12 @@ def consumers(
         value: any node.
         axis: its channel axis.
         readers: names of the direct readers to follow; None: all.
+        offsets: follow offsets by channel only, which pass through attention as well: from values to what it mixes of
+            them, since its weights add up to 1; from keys to nothing, since a softmax takes no notice.
 
     Returns:
         Each with the channel of `value` (axis `axis`) behind each of its input channels, shape (C_in,); None where
-        anything else reads them, or where one input channel mixes several.
+        anything else reads them, or where one input channel mixes several. Empty where all offsets come to nothing.
     """
     found: list[tuple[fx.Node, Tensor]] = []
     pending: list[tuple[fx.Node, Any]] = [(value, channel_indices(shape(value), axis))]
@@ -110,9 +128,29 @@ def consumers(
                 if (flat - flat[:, :1]).abs().max() > 1e-6:
                     return None
                 found.append((user, flat[:, 0].round().long()))
-            else:
+            elif offsets and is_call(user, MATMUL) and user.args[1] is node and _equal_along(index, -2):
+                if not _adds_up(user.args[0]):
+                    return None
+                pending.append((user, index[..., :1, :].expand(shape(user))))
+            elif not (offsets and is_call(user, MATMUL) and user.args[1] is node and _vanishes(user, index)):
                 return None
-    return found or None
+    return found if found or offsets else None
+
+
+def _equal_along(index: Any, axis: int) -> bool:
+    return isinstance(index, Tensor) and index.ndim > 2 and bool((index == index.narrow(axis, 0, 1)).all())
+
+
+def _adds_up(node: object) -> bool:
+    """Whether a node is a softmax over its last axis."""
+    if not isinstance(node, fx.Node) or not is_call(node, aten.softmax.int):
+        return False
+    return bool(argument(node, "dim") % len(shape(node)) == len(shape(node)) - 1)
+
+
+def _vanishes(scores: fx.Node, index: Any) -> bool:
+    """Whether offsets of transposed keys add the same to all scores of a query, of which softmax alone is made."""
+    return _equal_along(index, -1) and all(_adds_up(user) for user in scores.users)
 
 
 def _mixes(node: fx.Node, index: Tensor, mean: Tensor) -> bool:

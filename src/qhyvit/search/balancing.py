@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from qhyvit.calibration.samples import LayerSample
 from qhyvit.calibration.statistics import TensorStatistics
 from qhyvit.graph.affine import is_padded
-from qhyvit.graph.balance import balance, foldable, shiftable, sums_before_norms
+from qhyvit.graph.balance import Passage, balance, foldable, passage, shiftable
 from qhyvit.graph.channels import consumers
 from qhyvit.graph.ops import WEIGHTED, is_call
 from qhyvit.graph.sites import ActivationSite
@@ -91,7 +91,7 @@ def balance_all(problem: Problem, samples: dict[str, Any], errors: dict[str, Lay
         chosen = _choose(problem, for_layers, layers, errors)
         if chosen is not None:
             at = nodes[site.value], site.channel_axis, for_layers.readers
-            balance(problem.graph, *at, chosen.factor, chosen.offset, _sums(problem, *at))
+            balance(problem.graph, *at, chosen.factor, chosen.offset, _beside(problem, *at))
             changed.append(site.value)
     if changed:
         problem.refresh()
@@ -122,12 +122,12 @@ def _choose(
     node = next(n for n in problem.graph.graph.nodes if n.name == site.value)
     low, high = statistics.channel_low.float(), statistics.channel_high.float()
     free = shiftable(problem.graph, node, site.channel_axis, site.readers)
-    sums = _sums(problem, node, site.channel_axis, site.readers)
-    folds = foldable(problem.graph, node, site.channel_axis, [*site.readers, *(n.name for n in sums)])
+    beside = _beside(problem, node, site.channel_axis, site.readers)
+    folds = foldable(problem.graph, node, site.channel_axis, [*site.readers, *beside.readers])
     if not folds and not operators_help(problem):
         return None
     shifts = torch.ones_like(low).bool() if free else off_zero(low, high) & operators_help(problem)
-    tried = [c for c in candidates(low, high, shifts) if not sums or bool((c.factor == 1).all())]
+    tried = [c for c in candidates(low, high, shifts) if not beside or bool((c.factor == 1).all())]
     found = [changed_error(problem, site, [_changed(c, low, high, *at) for at in layers], errors) for c in tried]
     gains = [
         c.believed(numbers(statistics)) * (GAIN if folds and (free or not bool(c.offset.any())) else EXPLICIT_GAIN)
@@ -137,9 +137,9 @@ def _choose(
     return tried[best] if found[best] < gains[best] * found[0] else None
 
 
-def _sums(problem: Problem, node: fx.Node, axis: int, readers: Collection[str]) -> list[fx.Node]:
-    """Additions that may read a shifted value too, where they would read its codes; else they read it as it was."""
-    return [] if operators_help(problem) else sums_before_norms(node, axis, readers)
+def _beside(problem: Problem, node: fx.Node, axis: int, readers: Collection[str]) -> Passage:
+    """What may read a shifted value beside layers, where it would read its codes; else it reads it as it was."""
+    return Passage() if operators_help(problem) else passage(problem.graph, node, axis, readers)
 
 
 def numbers(statistics: TensorStatistics) -> float:
