@@ -402,6 +402,20 @@ def test_autocast_to_a_lower_precision_is_refused() -> None:
         capture(nn.Conv2d(3, 4, 1).half(), pictures(2, (3, 8, 8)).half())
 
 
+def test_recurrent_layers_are_refused_by_name() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rows, self.head = nn.LSTM(24, 4, batch_first=True), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.head(self.rows(x.transpose(1, 2).flatten(2))[0].mean(1))
+            return out
+
+    with pytest.raises(CaptureError, match=r"^rows is recurrent \(LSTM\)"):
+        capture(Recurrent(), torch.zeros(1, 3, 8, 8))
+
+
 def test_what_depends_on_constants_alone_is_computed_once() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:

@@ -31,10 +31,12 @@ def capture(model: nn.Module, example: Tensor, *, passes: bool = True) -> fx.Gra
         of the module it came from) and `shape` (of its output for one picture).
 
     Raises:
-        CaptureError: if the model cannot be exported, has data-dependent control flow or a fixed batch size.
+        CaptureError: if the model cannot be exported, has data-dependent control flow, a fixed batch size or recurrent
+            layers.
     """
     if is_captured(model):
         return _copied(model, example)
+    _refuse_recurrence(model)
     model = model.eval()
     example = example[:1].repeat(2, *[1] * (example.ndim - 1))  # a batch of one would be taken for a constant
     try:
@@ -76,6 +78,16 @@ def _copied(graph: fx.GraphModule, example: Tensor) -> fx.GraphModule:
     for name, tensor in list(new.named_buffers()):
         setattr(new, name, tensor.detach().clone())
     return new
+
+
+def _refuse_recurrence(model: nn.Module) -> None:
+    """Refuse what torch.export would write out step by step, for minutes."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.RNNBase):
+            raise CaptureError(
+                f"{name or 'The model'} is recurrent ({type(module).__name__}); recurrent layers are not supported. "
+                "Quantize a model without them."
+            )
 
 
 def _refuse_low_precision(graph: fx.GraphModule) -> None:
