@@ -39,3 +39,29 @@ def test_its_choice_costs_at_most_one_percent_on_weight_like_tensors() -> None:
         _, fast = best_factors(errors, 64)
         _, brute = best_factors(errors, 64, coarse=1)
         assert float(fast.sum()) <= 1.01 * float(brute.sum())
+
+
+def test_ranges_that_clip_hopelessly_are_not_tried() -> None:
+    tried: list[float] = []
+
+    def errors(f: torch.Tensor) -> torch.Tensor:
+        tried.extend(f.flatten().tolist())
+        return (f - 0.8) ** 2 + 1e-3
+
+    factors, _ = best_factors(errors, 1)
+    brute, _ = best_factors(errors, 1, coarse=1)
+    assert torch.equal(factors, brute)
+    assert min(tried[: -len(FACTORS)]) > 0.4  # ever narrower, the error has grown eightfold at 0.7
+
+
+def test_an_error_that_falls_late_is_followed_to_the_end() -> None:
+    """Steps wider than the bulk of the values: the error is level for long, and falls where they are resolved."""
+    x = torch.cat([0.02 * torch.randn(4000, generator=torch.Generator().manual_seed(0)), torch.tensor([1.0])])
+
+    def errors(f: torch.Tensor) -> torch.Tensor:
+        quantizers = [uniform_from_range(-one, one, bits=4, scheme="symmetric", signed=True) for one in f.flatten()]
+        return torch.stack([(q(x) - x).square().sum() for q in quantizers])[:, None]
+
+    factors, least = best_factors(errors, 1)
+    assert float(factors) < 0.2
+    assert float(least) <= 1.01 * float(best_factors(errors, 1, coarse=1)[1])

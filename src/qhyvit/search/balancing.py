@@ -26,6 +26,7 @@ from qhyvit.methods.base import Problem
 from qhyvit.quantizers.uniform import uniform_from_range
 from qhyvit.search.candidates import Candidates
 from qhyvit.search.errors import InputError, LayerError
+from qhyvit.search.factors import HOPELESS
 
 EXPONENTS = (0.25, 0.5, 0.75, 1.0)
 SHRINK = torch.tensor((1.0, 0.85, 0.7, 0.55, 0.4))
@@ -182,20 +183,32 @@ def _changed(candidate: Candidate, low: Tensor, high: Tensor, layer: fx.Node, in
     return ChangedInput(layer.name, t, m, low[index], high[index], is_padded(layer))
 
 
-def clipped(low: Tensor, high: Tensor, bits: int) -> Candidates:
-    """A few clipped ranges of a value, or of each of its channels; ends () or (C,)."""
+def least_error(errors: list[InputError], low: Tensor, high: Tensor, bits: int) -> float:
+    """Summed error of some layers with the best of a few clipped ranges of their input, widest first.
+
+    Args:
+        errors: of the layers, all of which read the value.
+        low: its smallest value () or that of each input channel (C_in,).
+        high: likewise the largest.
+        bits: of its codes.
+    """
     ranges = (end.float() * SHRINK.to(end.device).view(-1, 1) for end in (low, high))
-    return Candidates.from_ranges(*ranges, bits=bits, signed=False, scheme="asymmetric")
+    least = math.inf
+    for one in Candidates.from_ranges(*ranges, bits=bits, signed=False, scheme="asymmetric").split(1):
+        found = sum(float(error(one)) for error in errors)
+        least = min(least, found)
+        if found > HOPELESS * least:
+            break
+    return least
 
 
 def changed_error(
     problem: Problem, site: ActivationSite, layers: list[ChangedInput], errors: dict[str, LayerError]
 ) -> float:
-    """Summed error of the layers that read a value, with the best of a few clipped ranges for the changed value."""
+    """Summed error of the layers that read a value, with the best of a few ranges for the changed value."""
     asked = problem.bits(site)
     bottom = min(((c.low - c.offset) / c.factor).min() for c in layers)
     top = max(((c.high - c.offset) / c.factor).max() for c in layers)
-    ranges = clipped(bottom, top, asked.activation_bits)
     found = []
     for change in layers:
         error = errors[change.layer]
@@ -210,5 +223,5 @@ def changed_error(
         rows = weight.transpose(1, 2)
         coded = quantizer(rows.flatten(0, 1)).view(rows.shape).transpose(1, 2)
         moved = error.reading((error.x - m) / t.transpose(1, 2), torch.bmm(m, error.weight))
-        found.append(InputError(moved, coded)(ranges))
-    return float(torch.stack(found).sum(0).min())
+        found.append(InputError(moved, coded))
+    return least_error(found, bottom, top, asked.activation_bits)

@@ -239,4 +239,13 @@ def product_errors(sample: ProductSample, operands: str, other: Tensor, candidat
         a, b = (c(x, heads) if o in operands else other for o, x in (("a", sample.a), ("b", sample.b)))
         return product_error(sample, a, b)[:, None]
 
+    def alone(c: Candidates) -> Tensor:
+        """Of one scale for one operand, which is left to the product."""
+        a, b = (c.steps(x) if o in operands else other for o, x in (("a", sample.a), ("b", sample.b)))
+        e = torch.baddbmm(sample.y, a, b, beta=-1, alpha=c.scale.item())
+        error: Tensor = torch.linalg.vector_norm(e).square()
+        return error.view(1, 1)
+
+    if sample.alike and operands != "ab" and candidates.scale.shape[1] == 1:
+        return torch.cat([alone(c) for c in candidates.split(1)])
     return in_chunks(max(sample.a.numel(), sample.b.numel(), sample.y.numel()), errors, candidates)

@@ -1,8 +1,8 @@
 """Coarse-to-fine search over scale candidates, many candidates and all channels at once.
 
 The candidates are factors f on a base range: `linspace(0.01, 1.2, 100)` (Q-HyViT with the released bounds). Every
-fourth is tried first and then the neighbours of the best ones; where channels are separable each channel walks on its
-own. Brute force over all candidates is `coarse=1`.
+fourth is tried first, from the widest range down to where clipping has long taken over, and then the neighbours of the
+best ones; where channels are separable each channel walks on its own. Brute force over all candidates is `coarse=1`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 FACTORS = torch.linspace(0.01, 1.2, 100)
+PIECE = 4  # candidates between two looks at how the error grows
+HOPELESS = 8.0  # times the least error: narrower ranges clip more still
 Errors = Callable[[Tensor], Tensor]  # factors (B, C) → errors (B, C), or (B, 1) each for all channels
 
 
@@ -38,13 +40,16 @@ def best_factors(
     """
     n = len(factors)
     first = torch.arange(n - 1, -1, -coarse)
-    index = first[:, None].expand(-1, channels)
     table = torch.full((n, channels), torch.inf)
-    table[first] = errors(factors[index]).cpu()
-    if coarse > 1:
+    for piece in torch.split(first, PIECE if coarse > 1 else n):
+        table[piece] = errors(factors[piece][:, None].expand(-1, channels)).cpu()
+        if coarse > 1 and bool((table[piece] > HOPELESS * table.amin(0)).all()):
+            break
+    step = coarse
+    while step > 1:
+        step = -(-step // 2)
         centres = table.topk(min(around, len(first)), dim=0, largest=False).indices
-        steps = torch.tensor([s for d in range(1, coarse) for s in (d, -d)])
-        near = (centres[:, None] + steps[None, :, None]).flatten(0, 1).clamp(0, n - 1)
+        near = torch.cat([centres - step, centres + step]).clamp_(0, n - 1)
         near = near if channels > 1 else torch.unique(near).view(-1, 1)
         table.scatter_(0, near, errors(factors[near]).cpu())
     index = table.argmin(0)

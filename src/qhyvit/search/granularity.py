@@ -13,7 +13,7 @@ from torch import Tensor
 from qhyvit.calibration.samples import LayerSample
 from qhyvit.graph.channels import consumers
 from qhyvit.methods.base import Problem
-from qhyvit.search.balancing import clipped
+from qhyvit.search.balancing import least_error
 from qhyvit.search.errors import InputError, LayerError
 
 GAIN = 0.8  # the share to which the error of the layers behind must fall
@@ -51,5 +51,5 @@ def not_worth_channels(problem: Problem, samples: dict[str, Any], errors: dict[s
 
 
 def _error(layer: LayerError, low: Tensor, high: Tensor, bits: int) -> float:
-    """Error of a layer with the best of a few clipped ranges of its input, or of each input channel (C_in,)."""
-    return float(InputError(layer, layer.weight)(clipped(low, high, bits)).min())
+    """Error of a layer with the best of a few ranges of its input, or of each input channel (C_in,)."""
+    return least_error([InputError(layer, layer.weight)], low, high, bits)
