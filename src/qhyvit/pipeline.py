@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from qhyvit.calibration.bias import correct_biases
+from qhyvit.calibration.bias import correct_biases, fit_biases
 from qhyvit.data.dataset import Dataset, Part, open_builtin, open_dataset
 from qhyvit.data.preprocessing import Preprocessing
 from qhyvit.errors import DataError, ModelError, RecipeError, TargetError
@@ -111,6 +111,7 @@ def quantize(
     quantized = QuantizedModel(problem.graph, problem.sites, parameters, recipe, info, problem.integer_bias)
     target.check_parameters(quantized)
     target.settle(quantized)
+    fit_biases(quantized)
     if recipe.bias_correction or parameters.correct_biases:
         correct_biases(quantized, pictures.stream())
     return quantized

@@ -13,6 +13,7 @@ from qhyvit.calibration.bias import behind, correct_biases
 from qhyvit.calibration.collect import Watcher
 from qhyvit.pipeline import export, quantize
 from qhyvit.quantized import QuantizedModel
+from qhyvit.recipe import Recipe
 from qhyvit.targets.onnxruntime import OrtSession
 from quick import captured_once, ranges_only  # noqa: F401
 
@@ -144,3 +145,33 @@ def test_nothing_but_biases_is_changed() -> None:
         assert torch.equal(quantizer.scale, model.parameters.activations[name].scale)
     with torch.no_grad():
         assert torch.equal(plain.graph(images()), model.graph(images()))
+
+
+class Dead(nn.Module):
+    """A layer that reads nothing but zeros on the calibration pictures: all of what it gives is its bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.first, self.second = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 5, 1)
+        with torch.no_grad():
+            self.first.bias.fill_(-100.0)  # type: ignore[union-attr]
+            self.second.bias.copy_(torch.tensor([3.0, -2.0, 1e-3, 0.0, 40.0]))  # type: ignore[union-attr]
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.second(torch.relu(self.first(x))).mean((2, 3))
+        return out
+
+
+@pytest.mark.parametrize("granularity", ["per-channel", "per-tensor"])
+@pytest.mark.parametrize("method", ["mse", "erq"])
+def test_a_bias_behind_a_dead_input_fits_int32(method: str, granularity: str, tmp_path: Any) -> None:
+    recipe = Recipe(method=method, weights={"granularity": granularity})  # type: ignore[arg-type]
+    model = quantize(Dead(), recipe=recipe, calib=images(), input_size=SIDE)
+    with torch.no_grad():
+        found = model.simulation()(images())
+    wanted = Dead().second.bias
+    assert torch.allclose(found, wanted.expand_as(found), atol=0.5)  # a step of the output's codes and more
+    runtime = OrtSession(export(model, tmp_path / "model.onnx"), 1)
+    assert torch.allclose(runtime.run(images()), found, atol=1e-3)

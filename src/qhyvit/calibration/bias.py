@@ -1,4 +1,4 @@
-"""Bias correction: the error that quantization adds to each output channel on average, taken out of the bias."""
+"""Biases that fit int32, and their correction: the error that quantization adds to each output, taken out of them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,42 @@ from torch import Tensor, fx
 from qhyvit.graph.ops import channel_axis, only_activation
 from qhyvit.progress import task
 from qhyvit.quantized import QuantizedModel
+from qhyvit.quantizers.uniform import UniformAffine
 from qhyvit.search.prefix import Prefix, first_batches
 
 PICTURES = 64  # walked through the net together, so that each layer sees its predecessors corrected
 SAMPLED = 1 << 14  # numbers per channel that a shift before an activation function is fitted to
 STEPS = 4  # of Gauss-Newton
+LARGEST_BIAS = 2.0**30  # in units of the accumulator's scale
 FLAT = 1e-2  # least mean square slope: where the activation function is flat, a shift does nothing but grow
+
+
+def fit_biases(model: QuantizedModel) -> None:
+    """Raise weight scales (one for the tensor or of single channels) whose biases would not fit int32 otherwise.
+
+    Behind an input that hardly stirs on the calibration pictures, or with weights of nearly nothing, the scale of the
+    accumulator is so fine that the bias leaves int32, and would be cut off there. What such weights add to that bias
+    is less than it can tell apart, so their codes may be as much coarser. Half of int32 is left for corrections.
+
+    Args:
+        model: changed in place (`parameters.weights` and `parameters.codes`).
+    """
+    parameters = model.parameters
+    for name in [s.node for s in model.sites.weights] if model.integer_bias else []:
+        bias, scale = model.bias(name), model.bias_scale(name)
+        if bias is None or scale is None:
+            continue
+        over = (bias.abs().double() / (LARGEST_BIAS * scale.double())).clamp_min(1.0)
+        if bool((over == 1).all()):
+            continue
+        old = parameters.weights[name]
+        over = over if old.axis is not None else over.max()
+        new = (old.scale * over).to(old.scale)
+        parameters.weights[name] = UniformAffine(
+            new, old.zero_point, bits=old.bits, signed=old.signed, axis=old.axis, scheme=old.scheme
+        )
+        if name in parameters.codes:
+            parameters.codes[name] = parameters.weights[name].quantize(old.dequantize(parameters.codes[name]))
 
 
 def correct_biases(model: QuantizedModel, batches: Iterable[Tensor], *, alone: bool = False) -> None:

@@ -8,8 +8,9 @@ that can be shipped: see `qhyvit.graph.balance`. The factors are t_c = (R_c / ma
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from qhyvit.quantizers.uniform import uniform_from_range
 from qhyvit.search.candidates import Candidates
 from qhyvit.search.errors import InputError, LayerError
 from qhyvit.search.factors import HOPELESS
+from qhyvit.search.reach import belief, with_room
 
 EXPONENTS = (0.25, 0.5, 0.75, 1.0)
 SHRINK = torch.tensor((1.0, 0.85, 0.7, 0.55, 0.4))
@@ -34,8 +36,6 @@ SHRINK = torch.tensor((1.0, 0.85, 0.7, 0.55, 0.4))
 # small gain on the calibration pictures is none on others.
 GAIN = 0.5
 EXPLICIT_GAIN = 0.25  # where the change stays as an operator of its own, which also costs time
-PLENTY = 1024  # numbers a channel; of fewer, less is believed
-SMALLEST = 1e-9  # of the largest range: below, a channel is as good as dead, and may live on other pictures
 
 
 @dataclass(frozen=True)
@@ -48,23 +48,29 @@ class Candidate:
     def believed(self, count: float) -> float:
         """The part of `GAIN` that the error must fall to, of `count` numbers a channel: evened by few they clip others.
 
-        It falls with the root, as what such numbers leave unknown of a range does. A shift alone is believed: all
-        channels keep the reach of the widest.
+        A shift alone is believed: all channels keep the reach of the widest.
         """
-        if bool((self.factor == 1).all()):
-            return 1.0
-        return math.sqrt(min(1.0, count / PLENTY))
+        return 1.0 if bool((self.factor == 1).all()) else belief(count)
 
 
-def candidates(low: Tensor, high: Tensor, shiftable: Tensor) -> list[Candidate]:
-    """No change first, then all exponents, without a shift and with one of the `shiftable` channels to their middle."""
+def candidates(
+    low: Tensor, high: Tensor, shiftable: Tensor, room: Callable[[Tensor], Tensor] = lambda reach: reach
+) -> list[Candidate]:
+    """No change first, then all exponents, without a shift and with one of the `shiftable` channels to their middle.
+
+    Args:
+        low: smallest value of each channel (C,).
+        high: likewise the largest.
+        shiftable: which channels an offset may move, bool (C,).
+        room: makes the reaches of channels those that they are evened out by.
+    """
     zero, one = torch.zeros_like(low), torch.ones_like(low)
     found = [Candidate(one, zero)]
     for shift in (False, True) if bool(shiftable.any()) else (False,):
         offset = torch.where(shiftable, (low + high) / 2, 0.0) if shift else zero
-        reach = torch.maximum((low - offset).abs(), (high - offset).abs())
+        reach = room(torch.maximum((low - offset).abs(), (high - offset).abs()))
         ratio = reach / reach.max().clamp_min(torch.finfo(low.dtype).tiny)
-        ratio = torch.where(ratio > 0, ratio.clamp_min(SMALLEST), one)
+        ratio = torch.where(ratio > 0, ratio, one)
         found += [Candidate(ratio**alpha, offset) for alpha in EXPONENTS]
         if shift:
             found.append(Candidate(one, offset))
@@ -128,7 +134,8 @@ def _choose(
     if not folds and not operators_help(problem):
         return None
     shifts = torch.ones_like(low).bool() if free else off_zero(low, high) & operators_help(problem)
-    tried = [c for c in candidates(low, high, shifts) if not beside or bool((c.factor == 1).all())]
+    room = partial(with_room, readers=[(errors[n.name], index) for n, index in layers], count=numbers(statistics))
+    tried = [c for c in candidates(low, high, shifts, room) if not beside or bool((c.factor == 1).all())]
     found = [changed_error(problem, site, [_changed(c, low, high, *at) for at in layers], errors) for c in tried]
     gains = [
         c.believed(numbers(statistics)) * (GAIN if folds and (free or not bool(c.offset.any())) else EXPLICIT_GAIN)

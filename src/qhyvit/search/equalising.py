@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from qhyvit.search.balancing import (
     operators_help,
 )
 from qhyvit.search.errors import LayerError
+from qhyvit.search.reach import with_room
 
 
 @dataclass(frozen=True)
@@ -68,15 +70,14 @@ def equalise_streams(problem: Problem, samples: dict[str, Any], errors: dict[str
             continue
         low, high = _extremes(stream, read)
         paid = stream.past_padding & off_zero(low, high) & operators_help(problem)
-        tried = candidates(low, high, stream.shiftable)
-        tried += candidates(low, high, stream.shiftable | paid)[1:] if bool(paid.any()) else []
+        count = sum(numbers(problem.statistics[site.value]) for site, _ in read)
+        layers = [(errors[r.layer], r.channels) for _, readers in read for r in readers]
+        room = partial(with_room, readers=layers, count=count)
+        tried = candidates(low, high, stream.shiftable, room)
+        tried += candidates(low, high, stream.shiftable | paid, room)[1:] if bool(paid.any()) else []
         plain = _errors(problem, read, tried[0], errors)
         ratios = [_mean_ratio(_errors(problem, read, c, errors), plain) for c in tried]
-        gains = [
-            (EXPLICIT_GAIN if bool(c.offset[paid].any()) else GAIN)
-            * c.believed(sum(numbers(problem.statistics[site.value]) for site, _ in read))
-            for c in tried
-        ]
+        gains = [(EXPLICIT_GAIN if bool(c.offset[paid].any()) else GAIN) * c.believed(count) for c in tried]
         best = min(range(len(tried)), key=lambda i: ratios[i] / gains[i])
         if ratios[best] < gains[best]:
             changes.append((stream, tried[best].factor, tried[best].offset))
