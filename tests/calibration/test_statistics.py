@@ -66,6 +66,22 @@ def test_chunks_and_their_order_do_not_matter(seed: int, order: list[int]) -> No
     assert (once.low, once.high, once.count, once.zeros) == (often.low, often.high, often.count, often.zeros)
 
 
+@settings(deadline=None)
+@given(seeds, st.integers(0, 7))
+def test_merged_is_one_that_saw_all(seed: int, split: int) -> None:
+    batches = [torch.stack([b, b.flip(0) - 1]) for b in _growing(seed)]
+    first, second = (_seen(*part, channel_axis=0, bins=16) for part in (batches[:split], batches[split:]))
+    merged, whole = first.merged(second), _seen(*batches, channel_axis=0, bins=16)
+    for one, other in zip(merged.histogram(), whole.histogram(), strict=True):
+        assert torch.equal(one, other)
+    assert (merged.low, merged.high, merged.count, merged.zeros) == (whole.low, whole.high, whole.count, whole.zeros)
+    assert torch.equal(merged.channel_low, whole.channel_low)
+    assert torch.equal(merged.channel_high, whole.channel_high)
+    assert first.count + second.count == merged.count  # neither was changed
+    with pytest.raises(ValueError, match="bins"):
+        first.merged(TensorStatistics(bins=8))
+
+
 def test_at_least_about_half_of_the_bins_are_used() -> None:
     for seed in range(20):
         statistics = _seen(*_growing(seed))

@@ -26,6 +26,7 @@ class Watcher(fx.Interpreter):
 
     def __init__(self, graph: fx.GraphModule, wanted: Iterable[str], watch: Watch) -> None:
         super().__init__(graph)
+        self.extra_traceback = False  # the message of what `watch` raises stays the sentence that it is
         self._wanted, self._watch = frozenset(wanted), watch
 
     def run_node(self, n: fx.Node) -> Any:
@@ -34,6 +35,32 @@ class Watcher(fx.Interpreter):
         if n.name in self._wanted:
             self._watch(n, value)
         return value
+
+
+class Collector:
+    """Fills the statistics of every activation site from the values that it is shown.
+
+    Args:
+        sites: of the graph.
+        channels: whether to keep the extremes of every channel too, which takes a tenth of the time.
+
+    Attributes:
+        statistics: by name of the value.
+    """
+
+    def __init__(self, sites: Sites, *, channels: bool = True) -> None:
+        self.statistics = {
+            s.value: TensorStatistics(channel_axis=(s.channel_axis or None) if channels else None)
+            for s in sites.activations
+        }
+
+    def __call__(self, node: fx.Node, value: Tensor) -> None:
+        """Take in the value of a node, one batch; a `ModelError` names the layer if it is not finite."""
+        try:
+            self.statistics[node.name].update(value)
+        except ValueError as error:
+            where = f"layer {node.meta['module']}" if node.meta.get("module") else node.name
+            raise ModelError(f"In {where}, {error}; check the model's weights and the calibration pictures.") from None
 
 
 def collect(
@@ -51,27 +78,15 @@ def collect(
         sites: its sites.
         batches: pictures (n, 3, H, W), streamed.
         advance: told the number of pictures done, for a progress bar.
-        channels: whether to keep the extremes of every channel too, which takes a tenth of the time.
+        channels: as in `Collector`.
 
     Raises:
         ModelError: if a value is not finite; names the layer.
     """
-    statistics = {
-        s.value: TensorStatistics(channel_axis=(s.channel_axis or None) if channels else None)
-        for s in sites.activations
-    }
-
-    def watch(node: fx.Node, value: Tensor) -> None:
-        try:
-            statistics[node.name].update(value)
-        except ValueError as error:
-            where = f"layer {node.meta['module']}" if node.meta.get("module") else node.name
-            raise ModelError(f"In {where}, {error}; check the model's weights and the calibration pictures.") from None
-
-    watcher = Watcher(graph, statistics, watch)
-    watcher.extra_traceback = False  # the message stays the sentence that it is
+    collector = Collector(sites, channels=channels)
+    watcher = Watcher(graph, collector.statistics, collector)
     with torch.inference_mode():
         for images in batches:
             watcher.run(images)
             advance(len(images))
-    return statistics
+    return collector.statistics

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
@@ -112,11 +113,15 @@ class TensorStatistics:
         exponent = _width_exponent(self._low, self._high, self.bins)
         start = math.floor(math.ldexp(self._low, -exponent))
         if self.count and (exponent, start) != (self._exponent, self._start):
-            places = torch.arange(self._start, self._start + self.bins)
-            places = (places >> min(exponent - self._exponent, 62)) - start
-            places.clamp_(0, self.bins - 1)  # only bins that are still empty fall outside
-            self._counts = torch.zeros_like(self._counts).index_add_(0, places, self._counts)
+            self._counts = self._rebinned(exponent, start)
         self._exponent, self._start = exponent, start
+
+    def _rebinned(self, exponent: int, start: int) -> Tensor:
+        """The counts in bins as wide or wider, which cover all values seen."""
+        places = torch.arange(self._start, self._start + self.bins)
+        places = (places >> min(exponent - self._exponent, 62)) - start
+        places.clamp_(0, self.bins - 1)  # only bins that are still empty fall outside
+        return torch.zeros_like(self._counts).index_add_(0, places, self._counts)
 
     def _fill(self, values: Tensor, low: float, high: float) -> None:
         stride = _even_stride(len(values), self.samples_per_batch)
@@ -131,6 +136,31 @@ class TensorStatistics:
                 self.zeros += end == 0.0
         self._counts += torch.bincount(places.to(torch.int64), minlength=self.bins).double().mul_(weight)
         self.zeros += weight * int((sample == 0).sum())
+
+    def merged(self, other: TensorStatistics) -> TensorStatistics:
+        """Of what both have seen: the same as one that had seen it all. Neither is changed.
+
+        Args:
+            other: of the same tensor on other pictures, made with the same arguments.
+
+        Raises:
+            ValueError: if the number of channels or of bins is not the same.
+        """
+        if self.bins != other.bins:
+            raise ValueError(f"histograms of {self.bins} and of {other.bins} bins")
+        if other.count == 0:
+            return copy.deepcopy(self)
+        if self.count == 0:
+            return copy.deepcopy(other)
+        new = copy.deepcopy(self)
+        if other.channel_low is not None and other.channel_high is not None:
+            new._keep_channels(other.channel_low, other.channel_high)
+        new._dtype = torch.promote_types(self._dtype, other._dtype)
+        new._widen(other._low, other._high)
+        new._counts += other._rebinned(new._exponent, new._start)
+        new.zeros += other.zeros
+        new.count += other.count
+        return new
 
     def _require_values(self) -> None:
         if self.count == 0:

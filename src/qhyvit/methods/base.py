@@ -53,11 +53,18 @@ class Problem:
 
     @cached_property
     def statistics(self) -> dict[str, TensorStatistics]:
-        """Ranges and histograms of every activation site, gathered in one pass when first asked for."""
-        asked = (self.bits(site).activations.granularity for site in self.sites.activations)
-        channels = self.per_channel or "per-channel" in asked
+        """Ranges and histograms of every activation site, gathered in one pass when first asked for.
+
+        A method that walks over the pictures before sets it to what its `Collector` saw on the way.
+        """
         with task("Calibrating", self.picture_count) as advance:
-            return collect(self.graph, self.sites, self.pictures(), advance=advance, channels=channels)
+            return collect(self.graph, self.sites, self.pictures(), advance=advance, channels=self.wants_channels)
+
+    @property
+    def wants_channels(self) -> bool:
+        """Whether statistics hold the extremes of every channel."""
+        asked = (self.bits(site).activations.granularity for site in self.sites.activations)
+        return self.per_channel or "per-channel" in asked
 
     @property
     def target(self) -> Target:

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 
 from qhyvit.calibration.gradients import Source
-from qhyvit.calibration.overflow import count_overflows
+from qhyvit.calibration.overflow import Overflows, count_overflows
 from qhyvit.graph.bridges import find_bridges
 from qhyvit.graph.ops import argument
 from qhyvit.graph.sites import ActivationSite, Sites, WeightSite
@@ -71,7 +71,7 @@ class Options:
     rounds: Positive = 3
     bridges: bool = True
     residual_term: bool = True
-    positions: Positive = 1024
+    positions: Positive = 512
     coarse: Positive = 4
     one_sided: bool = True
     balance: bool = True
@@ -110,10 +110,9 @@ def qhyvit(problem: Problem) -> Parameters:
     """Q-HyViT: scale, granularity and scheme of each operand by reconstruction error, bridge blocks as a whole."""
     options = options_of(problem.recipe.options)
     problem.per_channel = True
-    overflows = count_overflows(problem)
-    note, whole = _even_out(problem, options)
-    parameters = set_ranges(problem, options.start)
+    note, whole, overflows = _even_out(problem, options)
     samples = gather(problem, options.gradient, options.positions)
+    parameters = set_ranges(problem, options.start)
     parameters.notes += [note] if note else []
     parameters.notes += overflows.notes(count_overflows(problem) if options.balance else None)
     parameters.report["overflow"] = overflows.to_dict()
@@ -133,18 +132,19 @@ def qhyvit(problem: Problem) -> Parameters:
     return parameters
 
 
-def _even_out(problem: Problem, options: Options) -> tuple[str | None, set[str]]:
+def _even_out(problem: Problem, options: Options) -> tuple[str | None, set[str], Overflows]:
     """Shift and scale channels, streams first, and find the values that are to keep one scale.
 
     The channels' ranges are read from most pictures, what a change is worth from the others: an evened channel is
     clipped wherever a new picture leaves the range that the known ones had.
 
     Returns:
-        A sentence for the report, and names of values; None and no names where the options ask for neither.
+        A sentence for the report, and names of values; None and no names where the options ask for neither. And what
+        overflowed before.
     """
     judged = options.held_out and options.granularity and problem.target.per_channel_activations
     if not (options.balance or judged):
-        return None, set()
+        return None, set(), count_overflows(problem)
     known, held_out = problem, problem
     if problem.picture_count >= FEWEST:
         split = problem.picture_count - problem.picture_count // HELD_OUT
@@ -156,16 +156,20 @@ def _even_out(problem: Problem, options: Options) -> tuple[str | None, set[str]]
         return samples, layer_errors(problem.graph, samples)
 
     sampled = sample()
+    if known is not problem:  # sampling has met the other pictures' statistics
+        problem.statistics = {n: s.merged(held_out.statistics[n]) for n, s in known.statistics.items()}
+    overflows = count_overflows(problem)
     streams = equalise_streams(known, *sampled) if options.balance else 0
     if streams:
         sampled = sample()
     whole = not_worth_channels(known, *sampled) if judged else set()
     if not options.balance:
-        return None, whole
+        return None, whole, overflows
     changed = balance_all(known, *sampled)
     if streams or changed:
         problem.refresh()
-    return f"qhyvit: {streams} residual streams and {len(changed)} single values shifted or scaled by channel", whole
+    note = f"qhyvit: {streams} residual streams and {len(changed)} single values shifted or scaled by channel"
+    return note, whole, overflows
 
 
 def _bridge_note(blocks: list[dict[str, Any]]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from qhyvit.calibration.collect import Watcher
+from qhyvit.calibration.collect import Collector, Watcher
 from qhyvit.calibration.gradients import Source, gradients, kl_to_float, sampled_label_loss
 from qhyvit.calibration.samples import (
     normalised,
@@ -17,7 +17,7 @@ from qhyvit.calibration.samples import (
     sample_value,
 )
 from qhyvit.graph.ops import LINEAR, MATMUL, argument, constant, is_call, shape, weight_of
-from qhyvit.graph.sites import source_site
+from qhyvit.graph.sites import Sites, source_site
 from qhyvit.methods.base import Problem
 from qhyvit.methods.ranges import set_ranges
 from qhyvit.progress import task
@@ -64,6 +64,8 @@ def gather(
 ) -> dict[str, Any]:
     """Samples by node name (layers and products) and by "value:" + name (all activation sites).
 
+    On the way it gathers the problem's statistics, if they are not known yet.
+
     Args:
         problem: the net; its recipe's seed draws the positions.
         source: where gradients come from.
@@ -71,8 +73,10 @@ def gather(
         only_layers: leave out products and single values.
         graph: where inputs and outputs are sampled, with the nodes of the problem's; default: the float graph.
     """
-    graph = problem.graph if graph is None else graph
     g = Gradients(problem, source)
+    known = graph is not None or "statistics" in vars(problem)
+    collector = Collector(Sites((), ()) if known else problem.sites, channels=problem.wants_channels)
+    graph = problem.graph if graph is None else graph
     layers = [s.node for s in problem.sites.weights if _supported(problem.graph, s.node)]
     products = [n.name for n in problem.graph.graph.nodes if is_call(n, MATMUL) and _has_site(problem, n)]
     values = [s.value for s in problem.sites.activations]
@@ -85,8 +89,10 @@ def gather(
         for batch in problem.pictures():
             for images in torch.split(batch, BATCH):
                 found = g.of({*layers, *products, *values}, images)
-                _sample(graph, images, found, (layers, products, values), share, positions, generator, parts)
+                _sample(graph, images, found, (layers, products, values), share, positions, generator, parts, collector)
                 advance(len(images))
+    if not known:
+        problem.statistics = collector.statistics
     return {name: _joined(found) for name, found in parts.items()}
 
 
@@ -106,6 +112,7 @@ def _sample(
     positions: int,
     generator: torch.Generator,
     parts: dict[str, list[Any]],
+    collector: Collector,
 ) -> None:
     """Run the float network on one batch and sample it."""
     layers, products, values = (frozenset(n) for n in names)
@@ -119,6 +126,8 @@ def _sample(
 
     def watch(node: fx.Node, value: Tensor) -> None:
         gradient = g.get(node.name)
+        if node.name in collector.statistics:
+            collector(node, value)
         if node.name in operands:
             seen[node.name] = value
         if node.name in values:
@@ -135,7 +144,7 @@ def _sample(
             parts.setdefault(node.name, []).append(product)
 
     with torch.no_grad():
-        Watcher(graph, {*layers, *products, *values, *operands}, watch).run(images)
+        Watcher(graph, {*layers, *products, *values, *operands, *collector.statistics}, watch).run(images)
 
 
 def _enough(graph: fx.GraphModule, node: fx.Node) -> int:
