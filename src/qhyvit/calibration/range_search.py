@@ -62,16 +62,17 @@ def squared_error(density: HistogramDensity, quant_min: int, quant_max: int) -> 
     """
     per_length = density.counts / density.edges.diff()
     jumps = -torch.diff(per_length, prepend=per_length.new_zeros(1), append=per_length.new_zeros(1))
+    edges, jumps = density.edges[jumps != 0], jumps[jumps != 0]  # between empty bins nothing jumps
 
     def score(scale: Tensor, zero_point: Tensor) -> Tensor:
         s, z = scale[:, None], zero_point[:, None]
-        whole = (density.edges / s).round_()
+        whole = (edges / s).round_()
         torch.maximum(whole, quant_min - z, out=whole)
         torch.minimum(whole, quant_max - z, out=whole)
-        rest = torch.addcmul(density.edges, whole, s, value=-1)
+        rest = torch.addcmul(edges, whole, s, value=-1)
         return (whole @ jumps) * scale.pow(3) / 12 + (rest * rest).mul_(rest) @ jumps / 3
 
-    return _in_chunks(score, density.chunk(len(density.edges)))
+    return _in_chunks(score, density.chunk(max(1, len(edges))))
 
 
 def divergence(density: HistogramDensity, quant_min: int, quant_max: int) -> Score:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -38,14 +39,25 @@ class Candidates:
         scale, zero_point = self._along(x, channels)
         return fake_quantize(x[None], scale, zero_point, *code_range(self.bits, self.signed))
 
-    def steps(self, x: Tensor, channels: Tensor | None = None) -> Tensor:
-        """Codes without zero point, as floats, of a batch of one: its values of x (…) in units of its scales."""
+    def each(self, x: Tensor, channels: Tensor | None = None) -> Iterator[tuple[Tensor, float]]:
+        """One candidate after the other: its values of x, up to a factor that is left to whatever is made of them.
+
+        Args:
+            x: the values.
+            channels: as above.
+
+        Yields:
+            Values in the shape of x, in a buffer that the next ones overwrite, and the factor: its scale, or 1 where
+            each channel has a scale.
+        """
         least, most = code_range(self.bits, self.signed)
+        buffer = torch.empty_like(x)
         if self.scale.shape[1] == 1:  # numbers: several times faster than tensors of one element
-            scale, zero = self.scale.item(), self.zero_point.item()
-            return x.div(scale).round_().clamp_(least - zero, most - zero)
-        (scales,), (zeros,) = self._along(x, channels)
-        return x.div(scales).round_().clamp_(least - zeros, most - zeros)
+            for scale, zero in zip(self.scale.flatten().tolist(), self.zero_point.flatten().tolist(), strict=True):
+                yield torch.div(x, scale, out=buffer).round_().clamp_(least - zero, most - zero), scale
+            return
+        for scales, zeros in zip(*self._along(x, channels), strict=True):
+            yield torch.div(x, scales, out=buffer).round_().clamp_(least - zeros, most - zeros).mul_(scales), 1.0
 
     def _along(self, x: Tensor, channels: Tensor | None) -> tuple[Tensor, Tensor]:
         """Scales and zero points that broadcast with (B, *x.shape)."""

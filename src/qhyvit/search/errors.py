@@ -180,7 +180,8 @@ class InputError:
         self.rest = 0.0
         if self.run:
             return
-        self._positions = layer.importance[:, :, 0]  # (G, M)
+        w = layer.importance[:, None, :, 0]  # (G, 1, M)
+        self._positions, self._shares = w.flatten(), w / w.sum(2, keepdim=True).sqrt()
         if layer.outputs > layer.k:
             q, r = torch.linalg.qr(weight.transpose(1, 2))
             self.weight, self.target = r.transpose(1, 2).contiguous(), layer.target @ q
@@ -198,12 +199,7 @@ class InputError:
 
     def _rotated(self, candidates: Candidates) -> Tensor:
         """Errors (B, 1) of some candidates."""
-        whole = candidates.scale.shape[1] == 1  # one scale for all inputs is left to the product
-        found = []
-        for one in candidates.split(1):
-            steps = one.steps(self.layer.x, self._rows)
-            x = steps if whole else steps.mul_(one.scale[0, self._rows])
-            found.append(self._total(self._error(x, one.scale.item() if whole else 1.0)))
+        found = [self._total(self._error(*one)) for one in candidates.each(self.layer.x, self._rows)]
         return torch.stack(found).view(-1, 1) + self.rest
 
     def _error(self, x: Tensor, scale: float) -> Tensor:
@@ -214,11 +210,10 @@ class InputError:
 
     def _total(self, e: Tensor) -> Tensor:
         """Σ w e², over the outputs too, of errors (G, M, O)."""
-        w = self._positions
-        total: Tensor = (torch.linalg.vector_norm(e, dim=-1).square() * w).sum()
+        total = torch.dot(torch.linalg.vector_norm(e, dim=-1).square_().flatten(), self._positions)
         if self.layer.centred:
-            mean = torch.bmm(w[:, None], e).squeeze(1)  # (G, O)
-            total = total - (mean.square().sum(1) / w.sum(1)).sum()
+            mean = torch.bmm(self._shares, e).flatten()
+            total -= torch.dot(mean, mean)
         return total
 
 
@@ -239,13 +234,13 @@ def product_errors(sample: ProductSample, operands: str, other: Tensor, candidat
         a, b = (c(x, heads) if o in operands else other for o, x in (("a", sample.a), ("b", sample.b)))
         return product_error(sample, a, b)[:, None]
 
-    def alone(c: Candidates) -> Tensor:
+    def alone(steps: Tensor, scale: float) -> Tensor:
         """Of one scale for one operand, which is left to the product."""
-        a, b = (c.steps(x) if o in operands else other for o, x in (("a", sample.a), ("b", sample.b)))
-        e = torch.baddbmm(sample.y, a, b, beta=-1, alpha=c.scale.item())
-        error: Tensor = torch.linalg.vector_norm(e).square()
-        return error.view(1, 1)
+        a, b = (steps, other) if operands == "a" else (other, steps)
+        error: Tensor = torch.linalg.vector_norm(torch.baddbmm(sample.y, a, b, beta=-1, alpha=scale)).square_()
+        return error
 
     if sample.alike and operands != "ab" and candidates.scale.shape[1] == 1:
-        return torch.cat([alone(c) for c in candidates.split(1)])
+        moving = sample.a if operands == "a" else sample.b
+        return torch.stack([alone(*one) for one in candidates.each(moving)]).view(-1, 1)
     return in_chunks(max(sample.a.numel(), sample.b.numel(), sample.y.numel()), errors, candidates)

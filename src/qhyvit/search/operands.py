@@ -18,8 +18,8 @@ from qhyvit.recipe import Granularity
 from qhyvit.search.candidates import Candidates
 from qhyvit.search.factors import FACTORS, best_factors
 
-# Multiply-adds (about ten milliseconds) that all candidates of a range may cost before some are left out.
-BUDGET = 1 << 27
+# Multiply-adds (a few milliseconds) that all candidates of a range may cost before some are left out.
+BUDGET = 1 << 25
 # Around the incumbent, once the whole grid has been searched: its range times these.
 LOCAL = torch.tensor([0.8, 0.88, 0.94, 0.97, 1.02, 1.05, 1.1, 1.18])
 
