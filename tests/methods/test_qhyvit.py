@@ -77,6 +77,25 @@ def layer_errors(case: Problem, parameters: Parameters) -> dict[str, float]:
     return found
 
 
+def test_sampling_gathers_the_statistics_that_a_pass_of_its_own_gives() -> None:
+    sampled, passed = problem(), problem()
+    sampled.per_channel = passed.per_channel = True
+    gather(sampled, "none", 16)
+    assert "statistics" in vars(sampled)
+    for value, expected in passed.statistics.items():
+        found = sampled.statistics[value]
+        assert (found.low, found.high, found.count) == (expected.low, expected.high, expected.count)
+        assert torch.equal(found.histogram()[0], expected.histogram()[0])
+        assert found.channel_low is None or torch.equal(found.channel_low, expected.channel_low)
+
+
+def test_sampling_another_graph_gathers_no_statistics() -> None:
+    """They are those of the float network."""
+    case = problem()
+    gather(case, "none", 16, graph=case.graph)
+    assert "statistics" not in vars(case)
+
+
 def test_no_layer_is_worse_than_where_the_search_began() -> None:
     case = problem()
     before, after = layer_errors(case, set_ranges(case, "mse")), layer_errors(case, qhyvit(case))
