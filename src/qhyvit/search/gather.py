@@ -72,6 +72,9 @@ def gather(
         positions: to keep per layer.
         only_layers: leave out products and single values.
         graph: where inputs and outputs are sampled, with the nodes of the problem's; default: the float graph.
+
+    Raises:
+        ModelError: if a value is not finite where statistics are gathered; names the layer.
     """
     g = Gradients(problem, source)
     known = graph is not None or "statistics" in vars(problem)
